@@ -1,0 +1,333 @@
+"""Attention over flat ragged rows in plain torch: the truth that every faster kernel is tested against.
+
+Rows: row ``r = b * Hkv + h`` holds the entries of sequence b in KV head h. Queries of one row are the ``M = G * n`` query
+rows of its GQA group, query head major: ``m = g * n + i`` for query step ``i`` of ``n``. Flat columns hold row r at
+``starts[r] : starts[r] + lengths[r]``. Softmax and accumulation run in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the entries: ``out [R, M, Dv]`` (float32 or the query's dtype), ``lse [R, M]`` float32.
+
+    ``lse`` is the log-sum-exp of the scaled logits over this part's entries; -inf (and ``out = 0``) where it has none.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class Operand:
+    """What a kernel reads keys or values from: rows of a column in some storage format."""
+
+    starts: Sequence[int]
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        """Returns entries ``begin:end`` of a row as dense ``[end - begin, D]``."""
+        raise NotImplementedError
+
+
+@dataclass
+class DenseOperand(Operand):
+    """Entries in full precision: ``data [C, D]``."""
+
+    data: Tensor
+    starts: Sequence[int]
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        start = self.starts[row]
+        return self.data[start + begin : start + end]
+
+
+@dataclass
+class TokenQuantOperand(Operand):
+    """Integer codes with one scale and zero per entry and group of channels (per-token grouping).
+
+    ``codes [C, packed_width(D, bits)]`` uint8, ``scale, zero [C, D / group]``; an element is ``code * scale + zero``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group: int
+    starts: Sequence[int]
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        at = slice(self.starts[row] + begin, self.starts[row] + end)
+        width = self.scale.shape[-1] * self.group
+        codes = unpack(self.codes[at], self.bits, width).float().unflatten(-1, (-1, self.group))
+        return (codes * self.scale[at, :, None].float() + self.zero[at, :, None].float()).flatten(-2)
+
+
+@dataclass
+class ChannelQuantOperand(Operand):
+    """Integer codes with one scale and zero per channel and group of consecutive entries (per-channel grouping).
+
+    ``codes [N, group, packed_width(D, bits)]`` uint8, ``scale, zero [N, D]``; row r's groups begin at ``starts[r]``
+    (counted in groups), entry t of a row is ``codes[starts[r] + t // group, t % group]``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group: int
+    starts: Sequence[int]
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        first, last = begin // self.group, -(-end // self.group)
+        at = slice(self.starts[row] + first, self.starts[row] + last)
+        codes = unpack(self.codes[at], self.bits, self.scale.shape[-1]).float()
+        dense = (codes * self.scale[at, None].float() + self.zero[at, None].float()).flatten(0, 1)
+        return dense[begin - first * self.group : end - first * self.group]
+
+
+def packed_width(width: int, bits: int) -> int:
+    """Bytes that hold ``width`` codes of ``bits`` bits (1, 2, 3, 4 or 8); ``width`` must be a multiple of 8.
+
+    >>> packed_width(64, 4), packed_width(64, 3)
+    (32, 24)
+    """
+    return width * bits // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs integer codes ``[..., D]`` (0 .. 2^bits - 1) into uint8 ``[..., D * bits / 8]``.
+
+    Planes of a power-of-two width are packed in slabs: with ``s = 8 / bits`` slabs of ``D / s`` channels, byte i holds
+    channel ``i + j * D / s`` at bit ``j * bits``, so that one shift and mask of a byte vector yields consecutive channels.
+    Three bits are a 2-bit plane (low bits) followed by a 1-bit plane (high bit).
+
+    >>> pack(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8]), 4).tolist()
+    [81, 98, 115, 132]
+    """
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
+    slabs = codes.unflatten(-1, (8 // bits, -1))
+    packed = slabs[..., 0, :].clone()
+    for j in range(1, 8 // bits):
+        packed |= slabs[..., j, :] << (j * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Inverse of `pack`: uint8 ``[..., width * bits / 8]`` to uint8 codes ``[..., width]``."""
+    if bits == 8:
+        return packed
+    if bits == 3:
+        low, high = packed.split([width // 4, width // 8], dim=-1)
+        return unpack(low, 2, width) | (unpack(high, 1, width) << 2)
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """Joins partial attentions over disjoint entries; exact softmax over their union.
+
+    >>> one = Partial(torch.ones(1, 1, 2), torch.zeros(1, 1))
+    >>> merge([one, Partial(3 * torch.ones(1, 1, 2), torch.zeros(1, 1))]).out.tolist()
+    [[[2.0, 2.0]]]
+    """
+    if len(partials) == 1:
+        return partials[0]
+    lse = torch.stack([p.lse for p in partials])
+    total = torch.logsumexp(lse, dim=0)
+    weight = torch.exp(lse - total.nan_to_num(neginf=0.0))
+    out = sum(p.out.float() * w[..., None] for p, w in zip(partials, weight, strict=True))
+    return Partial(out, total)  # type: ignore[arg-type]
+
+
+def visible(
+    positions: Tensor,
+    index: Tensor,
+    length: int,
+    query_positions: Tensor,
+    *,
+    causal_tail: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """Which entries a query step may see: bool ``[n, T']`` for entries at in-row ``index [T']`` with ``positions [T']``.
+
+    The last ``causal_tail`` entries of the row belong to the query steps themselves: step i sees all but those after it.
+    With a ``window``, step i sees positions above ``query_positions[i] - window`` only.
+    """
+    n = query_positions.shape[0]
+    allowed = torch.ones(n, index.shape[0], dtype=torch.bool, device=positions.device)
+    if causal_tail > 1:
+        step = torch.arange(n, device=positions.device)[:, None]
+        allowed &= index[None, :] <= length - causal_tail + step
+    if window is not None:
+        allowed &= positions[None, :] > query_positions[:, None] - window
+    return allowed
+
+
+def row_logits(
+    query: Tensor,
+    key: Operand,
+    row: int,
+    begin: int,
+    end: int,
+    length: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    causal_tail: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """Scaled, capped, biased and masked logits ``[M, end - begin]`` float32 of one row's queries ``[M, D]``.
+
+    ``log_count``, ``positions``: per entry of this row ``[T]``; ``query_positions [n]``. Soft cap: ``cap * tanh(x / cap)``.
+    """
+    logits = (query.float() @ key.block(row, begin, end).float().T) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if log_count is not None:
+        logits = logits + log_count[begin:end].float()
+    if causal_tail > 1 or window is not None:
+        assert positions is not None and query_positions is not None
+        index = torch.arange(begin, end, device=logits.device)
+        allowed = visible(positions[begin:end], index, length, query_positions, causal_tail=causal_tail, window=window)
+        groups = logits.shape[0] // allowed.shape[0]
+        logits = logits.masked_fill(~allowed.repeat(groups, 1), float("-inf"))
+    return logits
+
+
+def _of_row(row: int, length: int, starts: Sequence[int] | None, **columns: Tensor | None) -> dict[str, Tensor | None]:
+    """Cuts flat per-entry columns down to one row's entries."""
+    if starts is None:
+        return dict.fromkeys(columns)
+    at = slice(starts[row], starts[row] + length)
+    return {name: None if column is None else column[at] for name, column in columns.items()}
+
+
+def attend(
+    query: Tensor,
+    key: Operand,
+    value: Operand,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    causal_tail: int = 0,
+    window: int | None = None,
+    block: int = 4096,
+) -> Partial:
+    """Decode attention of ``query [R, M, D]`` over ragged rows, in blocks of entries with a running softmax.
+
+    ``log_count [C]`` and ``positions [C]`` are flat with ``entry_starts``; ``query_positions [R, n]``. Rows without
+    entries give ``out = 0`` and ``lse = -inf``. Returns float32 ``out [R, M, Dv]`` and ``lse [R, M]``.
+    """
+    outs, lses = [], []
+    for row, length in enumerate(lengths):
+        q = query[row]
+        per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)
+        parts = []
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            logits = row_logits(
+                q, key, row, begin, end, length,
+                scale=scale, softcap=softcap, causal_tail=causal_tail, window=window,
+                query_positions=None if query_positions is None else query_positions[row], **per_entry,
+            )  # fmt: skip
+            lse = torch.logsumexp(logits, dim=-1)
+            weight = torch.exp(logits - lse.nan_to_num(neginf=0.0)[:, None])
+            parts.append(Partial(weight @ value.block(row, begin, end).float(), lse))
+        if not parts:
+            width = value.block(row, 0, 0).shape[-1]
+            parts.append(
+                Partial(
+                    torch.zeros(q.shape[0], width, device=q.device),
+                    torch.full((q.shape[0],), float("-inf"), device=q.device),
+                )
+            )
+        joined = merge(parts)
+        outs.append(joined.out)
+        lses.append(joined.lse)
+    return Partial(torch.stack(outs), torch.stack(lses))
+
+
+def mass(
+    query: Tensor,
+    key: Operand,
+    lengths: Sequence[int],
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    causal_tail: int = 0,
+    window: int | None = None,
+    block: int = 4096,
+) -> list[Tensor]:
+    """Attention weights' sum over query rows, per row ``[T_r]`` float32, against the merged ``lse [R, M]``.
+
+    The column sums are those of the softmax over *all* parts, not only this one: ``sum_m exp(logit[m, t] - lse[m])``.
+    Rows of queries that are not to be counted carry ``lse = +inf``.
+    """
+    sums = []
+    for row, length in enumerate(lengths):
+        per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)
+        total = torch.zeros(length, device=query.device)
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            logits = row_logits(
+                query[row], key, row, begin, end, length,
+                scale=scale, softcap=softcap, causal_tail=causal_tail, window=window,
+                query_positions=None if query_positions is None else query_positions[row], **per_entry,
+            )  # fmt: skip
+            total[begin:end] = torch.exp(logits - lse[row][:, None]).sum(0)
+        sums.append(total)
+    return sums
+
+
+def causal_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    block: int = 256,
+) -> Partial:
+    """Causal attention inside one chunk, in blocks of queries: ``query [Hkv, G, n, D]``, ``key, value [Hkv, n, D]``.
+
+    Returns ``out [Hkv, G * n, Dv]``, ``lse [Hkv, G * n]`` in float32; never holds more than ``block * n`` weights per head.
+    """
+    heads, groups, n, _ = query.shape
+    outs, lses = [], []
+    for begin in range(0, n, block):
+        end = min(begin + block, n)
+        low = 0 if window is None else max(0, begin - window + 1)
+        logits = torch.einsum("hgid,htd->hgit", query[:, :, begin:end].float(), key[:, low:end].float()) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        step = torch.arange(begin, end, device=query.device)[:, None]
+        column = torch.arange(low, end, device=query.device)[None, :]
+        allowed = column <= step
+        if window is not None:
+            allowed &= column > step - window
+        logits = logits.masked_fill(~allowed, float("-inf"))
+        lse = torch.logsumexp(logits, dim=-1)
+        outs.append(torch.einsum("hgit,htd->hgid", torch.exp(logits - lse[..., None]), value[:, low:end].float()))
+        lses.append(lse)
+    return Partial(torch.cat(outs, 2).reshape(heads, groups * n, -1), torch.cat(lses, 2).reshape(heads, groups * n))
