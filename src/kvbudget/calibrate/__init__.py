@@ -1,0 +1,1 @@
+"""Calibration: offline fitting of what some methods need, kept as safetensors artefacts."""

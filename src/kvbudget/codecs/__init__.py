@@ -1,0 +1,1 @@
+"""Codecs: how kept keys and values are stored."""

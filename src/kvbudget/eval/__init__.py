@@ -1,0 +1,1 @@
+"""Evaluation: fidelity, tasks, runner and report."""

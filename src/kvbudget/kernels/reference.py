@@ -71,7 +71,8 @@ class ChannelQuantOperand(Operand):
     """Integer codes with one scale and zero per channel and group of consecutive entries (per-channel grouping).
 
     ``codes [N, group, packed_width(D, bits)]`` uint8, ``scale, zero [N, D]``; row r's groups begin at ``starts[r]``
-    (counted in groups), entry t of a row is ``codes[starts[r] + t // group, t % group]``.
+    (counted in groups) and its first ``skip[r]`` entries are passed over: entry t of a row is
+    ``codes[starts[r] + u // group, u % group]`` with ``u = t + skip[r]``.
     """
 
     codes: Tensor
@@ -80,8 +81,11 @@ class ChannelQuantOperand(Operand):
     bits: int
     group: int
     starts: Sequence[int]
+    skip: Sequence[int] | None = None
 
     def block(self, row: int, begin: int, end: int) -> Tensor:
+        skip = 0 if self.skip is None else self.skip[row]
+        begin, end = begin + skip, end + skip
         first, last = begin // self.group, -(-end // self.group)
         at = slice(self.starts[row] + first, self.starts[row] + last)
         codes = unpack(self.codes[at], self.bits, self.scale.shape[-1]).float()
@@ -143,7 +147,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
     total = torch.logsumexp(lse, dim=0)
     weight = torch.exp(lse - total.nan_to_num(neginf=0.0))
     out = sum(p.out.float() * w[..., None] for p, w in zip(partials, weight, strict=True))
-    return Partial(out, total)  # type: ignore[arg-type]
+    return Partial(out, total)
 
 
 def visible(
@@ -212,6 +216,11 @@ def _of_row(row: int, length: int, starts: Sequence[int] | None, **columns: Tens
     return {name: None if column is None else column[at] for name, column in columns.items()}
 
 
+def _block_size(query_rows: int) -> int:
+    """Entries per block such that a block's float32 logits stay near 4 MiB."""
+    return max(64, 2**20 // max(query_rows, 1))
+
+
 def attend(
     query: Tensor,
     key: Operand,
@@ -226,13 +235,14 @@ def attend(
     query_positions: Tensor | None = None,
     causal_tail: int = 0,
     window: int | None = None,
-    block: int = 4096,
+    block: int | None = None,
 ) -> Partial:
     """Decode attention of ``query [R, M, D]`` over ragged rows, in blocks of entries with a running softmax.
 
     ``log_count [C]`` and ``positions [C]`` are flat with ``entry_starts``; ``query_positions [R, n]``. Rows without
     entries give ``out = 0`` and ``lse = -inf``. Returns float32 ``out [R, M, Dv]`` and ``lse [R, M]``.
     """
+    block = block or _block_size(query.shape[1])
     outs, lses = [], []
     for row, length in enumerate(lengths):
         q = query[row]
@@ -276,13 +286,14 @@ def mass(
     query_positions: Tensor | None = None,
     causal_tail: int = 0,
     window: int | None = None,
-    block: int = 4096,
+    block: int | None = None,
 ) -> list[Tensor]:
     """Attention weights' sum over query rows, per row ``[T_r]`` float32, against the merged ``lse [R, M]``.
 
     The column sums are those of the softmax over *all* parts, not only this one: ``sum_m exp(logit[m, t] - lse[m])``.
     Rows of queries that are not to be counted carry ``lse = +inf``.
     """
+    block = block or _block_size(query.shape[1])
     sums = []
     for row, length in enumerate(lengths):
         per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)

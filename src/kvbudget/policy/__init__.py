@@ -1,0 +1,1 @@
+"""The vocabulary of policies: signals, scorers, allocators, granularity, destinations, triggers and plans."""

@@ -1,0 +1,1 @@
+"""Segments: where entries live; each appends, takes, attends and counts its bytes."""

@@ -1,0 +1,1 @@
+"""Scorers: which entries matter, one file per signal."""

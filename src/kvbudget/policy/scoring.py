@@ -1,0 +1,32 @@
+"""Parts that many scorers share: pooling over positions and reductions over the GQA group."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "max", "sum"]
+Pooling = Literal["avg", "max", "none"]
+
+
+def pool(scores: Tensor, kernel: int, how: Pooling = "avg") -> Tensor:
+    """1-D pooling over the last dimension, stride 1, padding ``kernel // 2``, length kept (SnapKV, arXiv 2404.14469).
+
+    Average pooling counts the zero padding, as ``torch.nn.functional.avg_pool1d`` does.
+
+    >>> pool(torch.tensor([0.0, 3.0, 0.0, 0.0]), 3, "max").tolist()
+    [3.0, 3.0, 3.0, 0.0]
+    """
+    if how == "none" or kernel <= 1 or not scores.numel():
+        return scores
+    flat = scores.reshape(-1, 1, scores.shape[-1])
+    operation = torch.nn.functional.avg_pool1d if how == "avg" else torch.nn.functional.max_pool1d
+    pooled = operation(flat, kernel, stride=1, padding=kernel // 2)
+    return pooled[..., : scores.shape[-1]].reshape(scores.shape)
+
+
+def reduce_group(x: Tensor, how: Reduction = "mean", dim: int = 2) -> Tensor:
+    """Reduces the GQA group dimension: ``[B, Hkv, G, ...]`` to ``[B, Hkv, ...]``."""
+    if how == "max":
+        return x.amax(dim)
+    return x.mean(dim) if how == "mean" else x.sum(dim)

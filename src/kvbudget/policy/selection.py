@@ -1,0 +1,66 @@
+"""Turns scores into the set of entries that stay: protection, units and exact counts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvbudget.policy.base import Protect
+
+
+def protected_entries(
+    positions: Tensor, seen: Sequence[int], protect: Protect, spans: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Entries that must stay: bool, shape of ``positions [B, Hkv, T]`` (-1 marks empty cells).
+
+    ``spans`` are half-open ranges of positions that the user has marked.
+    """
+    length = torch.tensor(list(seen), device=positions.device)[:, None, None]
+    mask = positions < protect.sinks
+    if protect.recent:
+        mask |= positions >= length - protect.recent
+    for start, end in spans:
+        mask |= (positions >= start) & (positions < end)
+    return mask & (positions >= 0)
+
+
+def newest(positions: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts [B, Hkv]`` newest entries of each row: bool ``[B, Hkv, T]``."""
+    return _rank(positions.float()) < counts[..., None]
+
+
+def select(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None = None) -> Tensor:
+    """Which entries stay: the ``counts [B, Hkv]`` best of each row, protected ones first; bool ``[B, Hkv, T]``.
+
+    ``units [B, Hkv, T]`` names the unit of each cell; cells of one unit are judged by their mean score, are protected
+    together and stay or go together (a row may then keep up to a unit less than its count). Equal scores keep the older
+    entry. Protected entries stay even where they are more than the count.
+    """
+    scores = scores.float().masked_fill(~valid, float("-inf"))
+    scores = scores.masked_fill(protected & valid, float("inf"))
+    if units is None:
+        keep = _rank(scores) < torch.maximum(counts, (protected & valid).sum(-1))[..., None]
+        return keep & valid
+    cells = valid.float()
+    size = _spread(cells, units)
+    mean = _spread(scores.masked_fill(~valid, 0.0), units) / size.clamp_min(1.0)
+    fixed = _spread((protected & valid).float(), units) > 0
+    mean = mean.masked_fill(fixed, float("inf")).masked_fill(~valid, float("-inf"))
+    counts = torch.maximum(counts, (fixed & valid).sum(-1))
+    keep = (_rank(mean) < counts[..., None]) & valid
+    return keep & (_spread(keep.float(), units) == size)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Rank of each cell in descending order along the last dimension, ties by index."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    return ranks.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+
+
+def _spread(x: Tensor, units: Tensor) -> Tensor:
+    """Sum of x over each unit, given back to every cell of the unit."""
+    if not units.numel():
+        return x
+    sums = x.new_zeros((*x.shape[:-1], int(units.max()) + 1)).scatter_add_(-1, units, x)
+    return sums.gather(-1, units)

@@ -1,0 +1,146 @@
+"""View: what a policy may look at when it watches or judges a layer; everything is computed when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvbudget.layer import LayerCache
+
+
+@dataclass
+class Queries:
+    """The model's own post-RoPE queries of one forward, with the log-sum-exp of their attention.
+
+    ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded.
+    """
+
+    query: Tensor
+    lse: Tensor
+    scale: float
+    softcap: float | None = None
+    valid: Tensor | None = None
+
+    def last(self, count: int | None) -> tuple[Tensor, Tensor]:
+        """The newest ``count`` queries of each sequence, right-aligned: ``[B, Hq, W, D]`` and lse ``[B, Hq, W]``.
+
+        Sequences with fewer have ``lse = +inf`` in front, which gives those rows weight zero everywhere.
+        """
+        width = self.query.shape[2] if count is None else min(count, self.query.shape[2])
+        if self.valid is None:
+            return self.query[:, :, self.query.shape[2] - width :], self.lse[:, :, self.lse.shape[2] - width :]
+        # A stable sort brings the valid columns to the right in order, whatever the padding side.
+        order = torch.argsort(self.valid.int(), dim=1, stable=True)[:, -width:]
+        present = self.valid.gather(1, order)
+        index = order[:, None, :].expand(-1, self.query.shape[1], -1)
+        query = self.query.gather(2, index[..., None].expand(-1, -1, -1, self.query.shape[-1]))
+        lse = self.lse.gather(2, index).masked_fill(~present[:, None, :], float("inf"))
+        return query, lse
+
+
+class View:
+    """One layer's evictable entries, padded to ``[B, Hkv, T]``, and the queries of the forward that is under way."""
+
+    def __init__(self, layer: LayerCache, queries: Queries | None = None) -> None:
+        self.layer = layer
+        self.queries = queries
+
+    @property
+    def batch_size(self) -> int:
+        return self.layer.batch_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.layer.num_kv_heads
+
+    @property
+    def layer_idx(self) -> int:
+        return self.layer.layer_idx
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens seen per sequence."""
+        return self.layer.seen
+
+    @property
+    def new_queries(self) -> int:
+        """Query steps of this forward (0 outside of one)."""
+        return 0 if self.queries is None else self.queries.query.shape[2]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Cells that hold an entry: bool ``[B, Hkv, T]``."""
+        return self.positions >= 0
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Positions in the text, -1 in empty cells: ``[B, Hkv, T]``."""
+        return self._heads(torch.cat([segment.positions() for segment in self.layer.main], dim=1))
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys in full precision ``[B, Hkv, T, D]`` (post-RoPE)."""
+        return self._heads(torch.cat([segment.keys() for segment in self.layer.main], dim=1))
+
+    @property
+    def values(self) -> Tensor:
+        """Values in full precision ``[B, Hkv, T, Dv]``."""
+        return self._heads(torch.cat([segment.values() for segment in self.layer.main], dim=1))
+
+    def state(self, name: str) -> Tensor:
+        """A running state column, float32 ``[B, Hkv, T]``."""
+        return self._heads(torch.cat([segment.meta.padded(name) for segment in self.layer.main], dim=1))
+
+    def set_state(self, name: str, values: Tensor) -> None:
+        """Overwrites a running state column with ``[B, Hkv, T]``."""
+        flat = values.flatten(0, 1)
+        begin = 0
+        for segment in self.layer.main:
+            if segment.shared and name in segment.meta.columns:
+                segment.meta.columns[name] = segment.meta.columns[name].clone()
+            segment.meta.write_padded(name, flat[:, begin : begin + segment.longest].float())
+            begin += segment.longest
+
+    def add_mass(self, name: str, last: int | None = None, decay: float = 1.0) -> None:
+        """Adds the attention that entries received from the newest ``last`` queries (None: all) to a state column.
+
+        Weights are those of the softmax over everything the layer holds, summed over queries and over the GQA group.
+        """
+        queries = self._asked()
+        query, lse = queries.last(last)
+        for segment, mass in self.layer.masses(query, lse, queries):
+            segment.add_to_state(name, mass, decay)
+
+    def window_attention(self, last: int) -> Tensor:
+        """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.
+
+        The softmax runs over everything that the layer holds (window included), so a row sums to at most one here.
+        """
+        queries = self._asked()
+        query, lse = queries.last(last)
+        batch, heads = self.batch_size, self.num_kv_heads
+        query = query.unflatten(1, (heads, -1)).float()
+        lse = lse.unflatten(1, (heads, -1))
+        logits = torch.einsum("bhgwd,bhtd->bhgwt", query, self.keys.float()) * queries.scale
+        if queries.softcap is not None:
+            logits = queries.softcap * torch.tanh(logits / queries.softcap)
+        width = query.shape[3]
+        seen = torch.tensor(self.seen, device=query.device)
+        steps = seen[:, None] - width + torch.arange(width, device=query.device)
+        allowed = self.positions[:, :, None, None, :] <= steps[:, None, None, :, None]
+        allowed &= self.valid[:, :, None, None, :]
+        weights = torch.exp(logits - lse[..., None])
+        return weights.masked_fill(~allowed, 0.0).view(batch, heads, -1, width, weights.shape[-1])
+
+    def _asked(self) -> Queries:
+        if self.queries is None:
+            raise AssertionError("a scorer looked for queries outside of a forward; it must keep a state instead")
+        return self.queries
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.batch_size, self.num_kv_heads))

@@ -1,0 +1,158 @@
+"""The contract of a segment: a place where entries live and from which a query can be answered."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvbudget.kernels.reference import Partial
+from kvbudget.segments.ragged import RaggedTable
+
+
+@dataclass(frozen=True)
+class AttendContext:
+    """What a segment needs to know besides the queries.
+
+    ``scale`` multiplies the logits; ``softcap`` caps them; ``window`` is the sliding window in positions;
+    ``query_positions [R, n]`` are the positions of the n query steps; ``causal_tail`` is how many of the newest entries
+    belong to the query steps themselves (0: all entries precede every query).
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    query_positions: Tensor | None = None
+    causal_tail: int = 0
+
+
+class Segment(ABC):
+    """Entries of all rows (sequence, KV head) of one layer in one storage format.
+
+    ``meta`` holds what every format has per entry: ``position`` (int32), running score states (float32) and, for merged
+    entries, ``count`` (float32). ``shared`` marks storages that another fork uses too: they are never written in place.
+    Queries are ``[R, M, D]`` as in `kvbudget.kernels.reference`.
+    """
+
+    meta: RaggedTable
+    shared: bool = False
+    unit: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.meta.num_rows
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries per row."""
+        return self.meta.lengths
+
+    @property
+    def longest(self) -> int:
+        return self.meta.longest
+
+    @property
+    def sealed(self) -> list[int]:
+        """Per row, how many of its oldest entries can only be kept or evicted in whole units of `unit` entries."""
+        return [0] * self.num_rows
+
+    @abstractmethod
+    def append(self, key: Tensor, value: Tensor, meta: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+        """Appends flat ``key [N, D]``, ``value [N, Dv]`` and meta columns ``[N]``; ``counts[r]`` entries to row r."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
+        """Answers the queries from this segment's entries alone."""
+
+    @abstractmethod
+    def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
+        """Attention weight that each entry receives, summed over query rows, against the merged ``lse [R, M]``."""
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Keys in full precision, padded: ``[R, longest, D]``."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Values in full precision, padded: ``[R, longest, Dv]``."""
+
+    @abstractmethod
+    def take(self, keep: Tensor, spare: int = 0) -> None:
+        """Keeps the entries where ``keep [R, longest]`` is set and frees the others' memory."""
+
+    @abstractmethod
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets the newest entries of each row."""
+
+    @abstractmethod
+    def can_truncate(self, lengths: Sequence[int]) -> bool:
+        """Whether `truncate` to these lengths gives the state before the newest entries came."""
+
+    @abstractmethod
+    def tables(self) -> list[RaggedTable]:
+        """Every table whose storages are resident."""
+
+    def seal(self) -> None:  # noqa: B027 - a format without a full-precision tail has nothing to do
+        """Compresses whatever is due for it; called after the attention of a forward, never before."""
+
+    def set_limit(self, capacity: int | None) -> None:
+        """Bounds the room per row that appending may reserve ahead of need."""
+        for table in self.tables():
+            table.limit = capacity
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Makes row i a copy of the former row ``rows[i]``."""
+        for table in self.tables():
+            table.select_rows(rows)
+        self.shared = False
+
+    def gather(self, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
+        """Flat full-precision keys, values and meta of the entries where ``keep [R, longest]`` is set, and counts."""
+        meta, counts = self.meta.gather(keep)
+        return self.keys()[keep], self.values()[keep], meta, counts
+
+    def positions(self) -> Tensor:
+        """Positions, padded with -1: int32 ``[R, longest]``."""
+        return self.meta.padded("position", -1)
+
+    def tensors(self) -> list[Tensor]:
+        """Every resident tensor, spare capacity included."""
+        return [tensor for table in self.tables() for tensor in table.tensors()]
+
+    @abstractmethod
+    def parts(self) -> dict[str, int]:
+        """Resident bytes by what they hold (keys, values, metadata of a codec, positions, states)."""
+
+    def share(self) -> "Segment":
+        """A second segment over the same storages, both marked as shared."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        for name, member in self.__dict__.items():
+            if hasattr(member, "share"):
+                setattr(other, name, member.share())
+        self.shared = other.shared = True
+        return other
+
+    def add_to_state(self, name: str, values: Sequence[Tensor], decay: float = 1.0) -> None:
+        """Running update of a state column: ``state <- decay * state + values[r]`` for each row r."""
+        if self.shared:
+            self.meta.columns[name] = self.meta.columns[name].clone()
+        if self.meta.uniform:
+            grid = self.meta.grid(name)
+            if decay != 1.0:
+                grid.mul_(decay)
+            for r, row in enumerate(values):
+                grid[r] += row
+            return
+        for r, row in enumerate(values):
+            state = self.meta.row(name, r)
+            state.mul_(decay).add_(row)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when tables disagree."""
+        for table in self.tables():
+            table.check_integrity()
+        for r in range(self.num_rows):
+            positions = self.meta.row("position", r) if "position" in self.meta.columns else None
+            if positions is not None and positions.numel() > 1:
+                assert bool((positions[1:] > positions[:-1]).all()), "entries are not in position order"

@@ -1,0 +1,221 @@
+"""RaggedTable: per-entry columns of rows that differ in length, in flat tensors that really shrink and grow."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class RaggedTable:
+    """Named columns over R rows of different lengths.
+
+    A column is one flat tensor ``[sum(capacities), *tail]``; row r occupies ``starts[r] : starts[r] + lengths[r]`` of it and
+    may grow in place up to its capacity. Columns come into being with the first append. All columns share the layout, so
+    one selection gathers all of them.
+
+    Appending grows by a sixteenth (at least 64 entries) at a time unless ``limit`` bounds the capacity of a row.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.lengths = [0] * num_rows
+        self.capacities = [0] * num_rows
+        self.starts = [0] * num_rows
+        self.columns: dict[str, Tensor] = {}
+        self.limit: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Entries held over all rows."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Entries of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have the same length and capacity, so that a column is a plain ``[R, T, ...]`` view."""
+        return len(set(self.lengths)) <= 1 and len(set(self.capacities)) <= 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the columns, spare capacity included."""
+        return sum(column.untyped_storage().nbytes() for column in self.columns.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Every resident tensor."""
+        return list(self.columns.values())
+
+    def grid(self, name: str) -> Tensor:
+        """A uniform column as a view ``[R, T, *tail]``."""
+        column = self.columns[name]
+        return column.view(self.num_rows, self.capacities[0], *column.shape[1:])[:, : self.lengths[0]]
+
+    def row(self, name: str, row: int) -> Tensor:
+        """One row of a column as a view ``[T_r, *tail]``."""
+        return self.columns[name][self.starts[row] : self.starts[row] + self.lengths[row]]
+
+    def padded(self, name: str, fill: float = 0) -> Tensor:
+        """A column as ``[R, longest, *tail]``, short rows filled up at their end (a view when uniform)."""
+        if self.uniform:
+            return self.grid(name)
+        column = self.columns[name]
+        out = column.new_full((self.num_rows, self.longest, *column.shape[1:]), fill)
+        for r, length in enumerate(self.lengths):
+            out[r, :length] = self.row(name, r)
+        return out
+
+    def flat(self, name: str) -> Tensor:
+        """A column's entries without spare room, rows after each other ``[total, *tail]`` (a copy unless dense)."""
+        if self.uniform:
+            return self.grid(name).flatten(0, 1)
+        return torch.cat([self.row(name, r) for r in range(self.num_rows)])
+
+    def write_padded(self, name: str, values: Tensor) -> None:
+        """Overwrites (or creates) a column from ``[R, longest, *tail]``."""
+        if name not in self.columns:
+            self.columns[name] = values.new_zeros((sum(self.capacities), *values.shape[2:]))
+        if self.uniform:
+            if self.longest:
+                self.grid(name).copy_(values)
+            return
+        for r, length in enumerate(self.lengths):
+            self.row(name, r).copy_(values[r, :length])
+
+    def valid(self, device: torch.device | str = "cpu") -> Tensor:
+        """Which cells of `padded` hold an entry: bool ``[R, longest]``."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.arange(self.longest, device=device)[None, :] < lengths[:, None]
+
+    def append(self, new: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+        """Appends ``counts[r]`` entries to row r; ``new`` holds flat columns ``[sum(counts), *tail]`` in row order.
+
+        Columns that exist but are missing in ``new`` are filled with zeros.
+        """
+        needed = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        for name, values in new.items():
+            if name not in self.columns:
+                self.columns[name] = values.new_zeros((sum(self.capacities), *values.shape[1:]))
+        if any(n > capacity for n, capacity in zip(needed, self.capacities, strict=True)):
+            self.reserve([max(self._room(n), capacity) for n, capacity in zip(needed, self.capacities, strict=True)])
+        even = self.uniform and len(set(counts)) == 1
+        where = self._destination([] if even else counts)
+        for name, column in self.columns.items():
+            values = new.get(name)
+            if even:
+                at = slice(self.lengths[0], needed[0])
+                target = column.view(self.num_rows, self.capacities[0], *column.shape[1:])[:, at]
+                if values is None:
+                    target.zero_()
+                else:
+                    target.copy_(values.reshape(target.shape))
+            else:
+                where = where.to(column.device)
+                if values is None:
+                    column.index_fill_(0, where, 0)
+                else:
+                    column.index_copy_(0, where, values.to(column.dtype))
+        self.lengths = needed
+
+    def reserve(self, capacities: Sequence[int]) -> None:
+        """Moves the columns into storages with exactly these row capacities (each at least the row's length)."""
+        assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
+        if list(capacities) == self.capacities:
+            return
+        starts = list(accumulate(capacities[:-1], initial=0))
+        for name, column in self.columns.items():
+            out = column.new_zeros((sum(capacities), *column.shape[1:]))
+            for r, length in enumerate(self.lengths):
+                if length:
+                    out[starts[r] : starts[r] + length] = self.row(name, r)
+            self.columns[name] = out
+        self.capacities, self.starts = list(capacities), starts
+
+    def trim(self) -> None:
+        """Gives back room beyond ``limit`` that was reserved before the limit was known."""
+        if self.limit is not None and any(
+            c > max(n, self.limit) for n, c in zip(self.lengths, self.capacities, strict=True)
+        ):
+            self.reserve([min(c, max(n, self.limit)) for n, c in zip(self.lengths, self.capacities, strict=True)])
+
+    def take(self, keep: Tensor, spare: int = 0) -> None:
+        """Keeps the entries where ``keep [R, longest]`` (bool) is set, in order, and returns the rest's memory.
+
+        Each row gets room for ``spare`` more entries.
+        """
+        index, lengths = self._select(keep)
+        capacities = [length + spare for length in lengths]
+        starts = list(accumulate(capacities[:-1], initial=0))
+        even = len(set(lengths)) <= 1
+        for name, column in self.columns.items():
+            gathered = column.index_select(0, index.to(column.device))
+            if not spare:
+                self.columns[name] = gathered
+                continue
+            out = column.new_zeros((sum(capacities), *column.shape[1:]))
+            if even:
+                grid = out.view(len(lengths), capacities[0], *column.shape[1:])
+                grid[:, : lengths[0]] = gathered.view(len(lengths), lengths[0], *column.shape[1:])
+            else:
+                for start, length, part in zip(starts, lengths, gathered.split(lengths), strict=True):
+                    out[start : start + length] = part
+            self.columns[name] = out
+        self.lengths, self.capacities, self.starts = lengths, capacities, starts
+
+    def gather(self, keep: Tensor) -> tuple[dict[str, Tensor], list[int]]:
+        """Copies of the entries where ``keep [R, longest]`` is set: flat columns in row order, and counts per row."""
+        index, lengths = self._select(keep)
+        return {name: column.index_select(0, index.to(column.device)) for name, column in self.columns.items()}, lengths
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets the newest entries of each row; capacities stay."""
+        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = list(lengths)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences)."""
+        lengths = [self.lengths[r] for r in rows]
+        capacities = [self.capacities[r] for r in rows]
+        for name, column in self.columns.items():
+            parts = [column[self.starts[r] : self.starts[r] + self.capacities[r]] for r in rows]
+            self.columns[name] = torch.cat(parts) if parts else column[:0]
+        self.lengths, self.capacities = lengths, capacities
+        self.starts = list(accumulate(capacities[:-1], initial=0))
+
+    def share(self) -> "RaggedTable":
+        """A second table over the same storages; neither may write in place from now on."""
+        other = RaggedTable(self.num_rows)
+        other.lengths, other.capacities, other.starts = list(self.lengths), list(self.capacities), list(self.starts)
+        other.columns, other.limit = dict(self.columns), self.limit
+        return other
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless lengths, capacities, starts and columns agree."""
+        assert self.starts == list(accumulate(self.capacities[:-1], initial=0)), "starts disagree with capacities"
+        assert all(0 <= n <= c for n, c in zip(self.lengths, self.capacities, strict=True)), "row longer than its room"
+        for name, column in self.columns.items():
+            assert column.shape[0] == sum(self.capacities), f"column {name} has {column.shape[0]} cells"
+
+    def _room(self, needed: int) -> int:
+        grown = needed + max(64, needed // 16)
+        return max(needed, min(grown, self.limit)) if self.limit is not None else grown
+
+    def _destination(self, counts: Sequence[int]) -> Tensor:
+        begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+        if not counts:
+            return torch.empty(0, dtype=torch.long)
+        if all(count == 1 for count in counts):
+            return torch.tensor(begins)
+        return torch.cat([torch.arange(b, b + n) for b, n in zip(begins, counts, strict=True)])
+
+    def _select(self, keep: Tensor) -> tuple[Tensor, list[int]]:
+        assert keep.shape == (self.num_rows, self.longest), f"mask {tuple(keep.shape)} for {self.num_rows} rows"
+        row, column = keep.nonzero(as_tuple=True)
+        index = torch.tensor(self.starts, device=row.device)[row] + column
+        return index, keep.sum(1).tolist()
