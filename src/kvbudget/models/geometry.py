@@ -165,6 +165,8 @@ def _layer(config: Any, layer_type: str, sharing: str | None, window: int | None
     num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(nested, "kv_n_heads", None) or num_heads
     if getattr(config, "multi_query", False):
         num_kv_heads = 1
+    if config.model_type == "mimo_v2_flash" and kind == "sliding":
+        num_kv_heads *= 2  # written in its modeling code, not in its configuration
     head_dim = (
         getattr(config, "attention_head_dim", None)
         or getattr(config, "head_dim", None)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from platformdirs import user_cache_dir
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
 from kvbudget.errors import KVBudgetError
 
@@ -34,19 +35,23 @@ def converted(path: Path) -> Path:
     """
     with _one_error(path):
         metadata, _ = read_gguf_metadata(str(path))
+        _check_complete(path)
     folder = cache_folder() / f"{path.stem}-{_content_hash(path)}-{_CONVERSION}"
     if folder.is_dir():
         return folder
     print(f"kvbudget: converting {path.name} once to {folder} (about half a minute)", file=sys.stderr, flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KVBudgetError(f"cannot write to {folder.parent}: {first_line(error)}; set KVBUDGET_CACHE") from error
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as unfinished:
         with _one_error(path), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             _convert(path, Path(unfinished) / "model", str(metadata.get("tokenizer.ggml.pre", "")))
-        # Another process may have finished the same conversion first; its folder is as good as ours.
-        with contextlib.suppress(OSError):
+        try:
             (Path(unfinished) / "model").rename(folder)
-    if not folder.is_dir():
-        raise KVBudgetError(f"cannot write {folder}; set KVBUDGET_CACHE to a folder that can be written")
+        except OSError:
+            if not folder.is_dir():  # else another process finished the same conversion first
+                raise
     return folder
 
 
@@ -61,8 +66,6 @@ def _convert(path: Path, target: Path, pre_tokenizer: str) -> None:
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])[:3]}")
-    # The weights are plain numbers now; a model that still calls itself quantized cannot be saved.
-    del model.hf_quantizer, model.config.quantization_config
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -83,6 +86,17 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None
         )
 
 
+def _check_complete(path: Path) -> None:
+    """Find a truncated file at once, not after most of the conversion."""
+    try:
+        header = GgufHeader.from_file(str(path))
+    except ValueError:  # a quantized type that this reader cannot measure; the conversion itself may know it
+        return
+    needed = header.data_start + max(tensor.offset + tensor.nbytes for tensor in header.tensors)
+    if path.stat().st_size < needed:
+        raise ValueError(f"it is truncated, {path.stat().st_size} of {needed} bytes")
+
+
 def _content_hash(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
@@ -96,13 +110,12 @@ def _one_error(path: Path) -> Iterator[None]:
     """Turn whatever the GGUF readers raise on broken files into one clear line."""
     try:
         yield
-    except KVBudgetError:
-        raise
     except Exception as error:
-        raise KVBudgetError(f"{path} cannot be read as a GGUF model: {first_line(error)}; download it again") from error
+        reason = "its header is cut short" if isinstance(error, struct.error) else first_line(error)
+        raise KVBudgetError(f"GGUF file {path} cannot be converted: {reason}; download it again") from error
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__

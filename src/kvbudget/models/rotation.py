@@ -13,6 +13,9 @@ from kvbudget.errors import UnsupportedModel
 from kvbudget.models.geometry import CacheGeometry
 from kvbudget.models.support import check_supported
 
+Layout = Literal["half", "interleaved"]
+LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
+
 _PROBE_TOKENS = 8
 _PROBE_SHIFTS = (3, 101)
 # Largest accepted relative difference between a rotated key and the model's own, by the model's number format:
@@ -45,7 +48,7 @@ class Rotation:
     """
 
     inv_freq: Tensor
-    layout: Literal["half", "interleaved"] = "half"
+    layout: Layout = "half"
     attention_scaling: float = 1.0
 
     @property
@@ -199,17 +202,19 @@ def _candidates(model: PreTrainedModel) -> list[_Candidate]:
             if isinstance(rope_type, dict):
                 rope_type = rope_type[prefix.removesuffix("_")]
             scaling = getattr(module, f"{prefix}attention_scaling", getattr(module, "attention_scaling", 1.0))
-            frequencies = buffer.detach().float().clone()
+            forward = buffer.detach().float().clone()
             found += [
-                _Candidate(Rotation(frequencies, "half", float(scaling)), rope_type),
-                _Candidate(Rotation(frequencies, "interleaved", float(scaling)), rope_type),
+                _Candidate(Rotation(frequencies, layout, float(scaling)), rope_type)
+                for frequencies in (forward, -forward)  # NanoChat turns the other way
+                for layout in LAYOUTS
             ]
     return found
 
 
 def _decoder(model: PreTrainedModel) -> torch.nn.Module:
-    """The text decoder without its output head."""
-    return model.get_decoder() or model
+    """The text decoder, without the output head where it can be had."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
 @torch.no_grad()
