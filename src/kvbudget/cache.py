@@ -15,9 +15,10 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from kvbudget import attention
 from kvbudget.attention import LayerHandle, LazyMask
 from kvbudget.budget import Budget
-from kvbudget.enforcer import Enforcer, EntryCost
+from kvbudget.costs import entry_cost, overhead_bytes
+from kvbudget.enforcer import Enforcer
 from kvbudget.errors import BudgetError, CacheError, PolicyError
-from kvbudget.layer import WINDOW_OVERRUN, AttentionCall, LayerCache
+from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.methods import parse
 from kvbudget.models import CacheGeometry, check_supported, fingerprint, rotation_of
 from kvbudget.policy.base import Parts, Recipe, Trigger
@@ -120,9 +121,9 @@ class KVCache(Cache):
             layers.append(AttentionLayer(self, index, store, sliding=shape.kind == "sliding"))
         super().__init__(layers=layers)
         spans = _checked_spans(protect)
-        self.enforcer = Enforcer(
-            str(self.policy), self.parts, self.budget, stores, self._entry_cost(), self._overhead(), max_length, spans
-        )
+        cost = entry_cost(self.geometry, self.parts, self.dtype)
+        overhead = overhead_bytes(model.config, self.dtype)
+        self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
         self.enforcer.check()
         self.question_visible: bool | None = None
         self.recording = False
@@ -401,36 +402,6 @@ class KVCache(Cache):
         layer.page = parts.granularity.size
         layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
         return layer
-
-    def _entry_cost(self) -> EntryCost:
-        """Bytes of a kept entry of one KV head: payload or codes, position and states, and full-precision tails."""
-        shape = self.geometry.layers[self.geometry.budgeted_layers[0]]
-        item = self.dtype.itemsize
-        widths = (shape.key_head_dim, shape.value_head_dim)
-        states = len(self.parts.scorer.states) if self.parts.scorer is not None else 0
-        states += len(self.parts.destination.columns) if self.parts.destination is not None else 0
-        per_entry = 4.0 * (1 + states)
-        fixed = 0.0
-        if self.parts.codec is None:
-            per_entry += item * sum(widths)
-        else:
-            for codec, width in zip(self.parts.codec, widths, strict=True):
-                per_entry += codec.bytes_per_entry(width)
-                tail = codec.residual + 1 + (codec.unit if codec.unit > 1 else 0)
-                fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
-        if self.parts.destination is not None:
-            fixed += self.parts.destination.fixed_bytes(shape.key_head_dim, shape.value_head_dim, item)
-        return EntryCost(per_entry, fixed)
-
-    def _overhead(self) -> int:
-        """Bytes per sequence of what the budget cannot shrink: sliding windows and recurrent states."""
-        item = self.dtype.itemsize
-        total = 0
-        for shape in self.geometry.layers:
-            if shape.kind == "sliding" and shape.window:
-                room = shape.window + 2 * WINDOW_OVERRUN + 64
-                total += room * shape.num_kv_heads * (item * (shape.key_head_dim + shape.value_head_dim) + 4)
-        return total
 
 
 def _segment_maker(parts: Parts) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.budget import Budget, format_bytes, solve
+from kvbudget.costs import EntryCost
 from kvbudget.errors import BudgetError
 from kvbudget.layer import LayerCache
 from kvbudget.policy.allocators.layers import Uniform
@@ -17,14 +18,6 @@ from kvbudget.policy.selection import newest, protected_entries, select
 from kvbudget.policy.view import View
 
 Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class EntryCost:
-    """Bytes of one kept entry of one KV head, and bytes per sequence and KV head that do not depend on its entries."""
-
-    per_entry: float
-    fixed: float = 0.0
 
 
 @dataclass

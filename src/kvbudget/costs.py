@@ -1,0 +1,82 @@
+"""Costs: bytes of one kept entry, and of what a sequence holds outside of the layers that a budget governs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
+
+from kvbudget.errors import UnsupportedModel
+from kvbudget.layer import WINDOW_OVERRUN
+from kvbudget.models import CacheGeometry
+from kvbudget.policy.base import Parts
+
+
+@dataclass(frozen=True)
+class EntryCost:
+    """Bytes of one kept entry of one KV head, and bytes per sequence and KV head that do not depend on its entries."""
+
+    per_entry: float
+    fixed: float = 0.0
+
+
+def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> EntryCost:
+    """Cost of an entry under a policy: payload or codes, position and states, and full-precision tails."""
+    shape = geometry.layers[geometry.budgeted_layers[0]]
+    item = dtype.itemsize
+    widths = (shape.key_head_dim, shape.value_head_dim)
+    states = len(parts.scorer.states) if parts.scorer is not None else 0
+    states += len(parts.destination.columns) if parts.destination is not None else 0
+    per_entry = 4.0 * (1 + states)
+    fixed = 0.0
+    if parts.codec is None:
+        per_entry += item * sum(widths)
+    else:
+        for codec, width in zip(parts.codec, widths, strict=True):
+            per_entry += codec.bytes_per_entry(width)
+            tail = codec.residual + 1 + (codec.unit if codec.unit > 1 else 0)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
+    if parts.destination is not None:
+        fixed += parts.destination.fixed_bytes(shape.key_head_dim, shape.value_head_dim, item)
+    return EntryCost(per_entry, fixed)
+
+
+def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes per sequence of what no budget can shrink: sliding windows, convolution and recurrent states."""
+    geometry = CacheGeometry.from_config(config)
+    total = 0
+    for shape in geometry.layers:
+        if shape.kind == "sliding" and shape.window:
+            room = shape.window + 2 * WINDOW_OVERRUN + 64
+            total += room * (shape.bytes_per_token(dtype.itemsize) + 4 * shape.num_kv_heads)
+    return total + (state_bytes(config, dtype) if geometry.has_recurrent_state else 0)
+
+
+def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes per sequence of convolution and recurrent states, found by one token through the model without weights.
+
+    Raises:
+        UnsupportedModel: when the model cannot be run on the meta device.
+    """
+    # bfloat16 on the meta device is what every operator has a shape rule for; states of that type follow the model's.
+    config = copy.deepcopy(config)
+    cache = DynamicCache(config=config)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"the size of the recurrent states of {config.model_type} cannot be found: {error}"
+        ) from error
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+                if state is not None:
+                    item = dtype.itemsize if state.dtype == torch.bfloat16 else state.dtype.itemsize
+                    total += state.numel() * item
+    return total
