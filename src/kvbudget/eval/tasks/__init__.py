@@ -1,0 +1,1 @@
+"""Tasks: seeded examples whose answers are read under teacher forcing, one file per family."""
