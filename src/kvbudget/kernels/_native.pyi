@@ -1,0 +1,16 @@
+"""Types of the extension module; native.py documents the tuples."""
+
+from typing import Any
+
+def attend(
+    key: tuple[Any, ...],
+    value: tuple[Any, ...],
+    call: tuple[Any, ...],
+    threads: int,
+    out: int,
+    lse: int,
+    logits: int,
+) -> None: ...
+def mass(key: tuple[Any, ...], call: tuple[Any, ...], threads: int, lse: int, sums: int) -> None: ...
+def instruction_set() -> str: ...
+def use(name: str) -> bool: ...

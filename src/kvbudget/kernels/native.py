@@ -1,0 +1,189 @@
+"""The compiled attention kernels: checks tensors and hands their addresses to the extension, without copies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbudget.errors import KVBudgetError
+from kvbudget.kernels import _native
+from kvbudget.kernels.reference import (
+    ChannelQuantOperand,
+    DenseOperand,
+    Operand,
+    Partial,
+    TokenQuantOperand,
+    packed_width,
+)
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DENSE, _TOKEN, _CHANNEL = range(3)
+_MAX_WIDTH = 1024
+_BITS = (1, 2, 3, 4, 8)
+
+
+def instruction_set() -> str:
+    """Which variant of the kernels runs on this machine: ``generic``, ``avx2`` or ``avx512``."""
+    return _native.instruction_set()
+
+
+def use_instruction_set(name: str) -> None:
+    """Switches to another variant, for tests and benchmarks; KVBudgetError where the machine cannot run it."""
+    if not _native.use(name):
+        raise KVBudgetError(f"this machine cannot run the {name!r} kernels; it runs {_native.instruction_set()!r}")
+
+
+def _describe(operand: Operand) -> tuple[Any, ...] | None:
+    """The operand as the extension reads it; None where only the reference kernels can."""
+    if type(operand) is DenseOperand:
+        data = operand.data
+        kind = _TYPES.get(data.dtype)
+        if kind is None or not data.is_cpu or data.dim() != 2 or not 0 < data.shape[1] <= _MAX_WIDTH:
+            return None
+        if data.stride(1) != 1:
+            return None
+        stride = data.stride(0) * data.element_size()
+        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts)
+    if type(operand) is not TokenQuantOperand and type(operand) is not ChannelQuantOperand:
+        return None
+    codes, scale, zero = operand.codes, operand.scale, operand.zero
+    kind = _TYPES.get(scale.dtype)
+    if kind is None or zero.dtype is not scale.dtype or operand.bits not in _BITS or not codes.is_cpu:
+        return None
+    if not (codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
+        return None
+    token = type(operand) is TokenQuantOperand
+    width = scale.shape[-1] * operand.group if token else scale.shape[-1]
+    stride = codes.shape[-1]
+    if width % 8 or not 0 < width <= _MAX_WIDTH or stride != packed_width(width, operand.bits):
+        return None
+    return (
+        _TOKEN if token else _CHANNEL,
+        kind,
+        codes.data_ptr(),
+        stride,
+        scale.data_ptr(),
+        zero.data_ptr(),
+        width,
+        operand.bits,
+        operand.group,
+        operand.starts,
+    )
+
+
+def _call(
+    query: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    softcap: float | None,
+    log_count: Tensor | None,
+    positions: Tensor | None,
+    entry_starts: Sequence[int] | None,
+    query_positions: Tensor | None,
+    causal_tail: int,
+    window: int | None,
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:
+    """The call's other arguments for the extension, and the tensors that must outlive it; None where unsupported."""
+    kind = _TYPES.get(query.dtype)
+    if kind is None or not query.is_cpu or query.dim() != 3:
+        return None
+    query = query.contiguous()
+    rows, queries, _ = query.shape
+    steps, wide, count_at, positions_at, query_positions_at = 1, False, 0, 0, 0
+    if log_count is not None:
+        log_count = log_count.float().contiguous()
+        count_at = log_count.data_ptr()
+    if query_positions is not None:
+        steps = query_positions.shape[1]
+    if window is not None:
+        assert positions is not None and query_positions is not None
+        if positions.dtype is not torch.int32:
+            positions = positions.long()
+        positions = positions.contiguous()
+        query_positions = query_positions.long().contiguous()
+        wide = positions.dtype is torch.int64
+        positions_at, query_positions_at = positions.data_ptr(), query_positions.data_ptr()
+    call = (
+        query.data_ptr(),
+        kind,
+        rows,
+        queries,
+        steps,
+        scale,
+        softcap or 0.0,
+        lengths,
+        entry_starts or (),
+        count_at,
+        positions_at,
+        wide,
+        query_positions_at,
+        causal_tail,
+        window or 0,
+    )
+    return call, (query, log_count, positions, query_positions)
+
+
+def attend(
+    query: Tensor,
+    key: Operand,
+    value: Operand,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    causal_tail: int = 0,
+    window: int | None = None,
+    block: int = 0,
+) -> Partial | None:
+    """`reference.attend` by the extension; None where it cannot serve the operands (other devices and formats)."""
+    key_view, value_view = _describe(key), _describe(value)
+    call = _call(
+        query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
+    )
+    if key_view is None or value_view is None or call is None:
+        return None
+    rows, queries, width = query.shape
+    if width != key_view[6]:
+        raise KVBudgetError(f"queries have head_dim {width}, but keys have {key_view[6]}; pass matching operands")
+    out = torch.empty(rows, queries, value_view[6])
+    lse = torch.empty(rows, queries)
+    _native.attend(key_view, value_view, call[0], torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), 0)
+    return Partial(out, lse)
+
+
+def mass(
+    query: Tensor,
+    key: Operand,
+    lengths: Sequence[int],
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    causal_tail: int = 0,
+    window: int | None = None,
+    block: int = 0,
+) -> list[Tensor] | None:
+    """`reference.mass` by the extension; None where it cannot serve the operand."""
+    key_view = _describe(key)
+    call = _call(
+        query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
+    )
+    if key_view is None or call is None:
+        return None
+    if query.shape[-1] != key_view[6]:
+        raise KVBudgetError(
+            f"queries have head_dim {query.shape[-1]}, but keys have {key_view[6]}; pass matching operands"
+        )
+    lse = lse.float().contiguous()
+    sums = torch.empty(sum(lengths))
+    _native.mass(key_view, call[0], torch.get_num_threads(), lse.data_ptr(), sums.data_ptr())
+    return list(sums.split(list(lengths)))

@@ -1,0 +1,191 @@
+// How each storage format hands out its channels, eight lanes at a time, and in which order.
+//
+// A chunk of a row is read as 32-bit words; vector v of a row is what one mask (or shift) of such words leaves. Its lanes are
+// channels in a fixed permuted order, which costs nothing: queries are permuted once to match, outputs once at the end.
+#pragma once
+
+#include "job.h"
+#include "simd.h"
+
+namespace kvbudget {
+namespace {
+
+// steps vectors come from each chunk of `chunk` bytes; `entries` rows lie side by side in one vector.
+template <int Steps>
+struct F32 {
+  static constexpr int steps = Steps, chunk = 32 * Steps, entries = 1;
+  KV_INLINE vf get(const uint8_t* p, int s) { return load_bytes(p + 32 * s); }
+};
+
+template <int Steps>
+struct BF16 {
+  static constexpr int steps = Steps, chunk = 16 * Steps, entries = 1;
+  KV_INLINE vf get(const uint8_t* p, int s) {
+    vu x = load_words(p + 32 * (s / 2));
+    return s % 2 ? as_float(x & 0xffff0000u) : as_float(x << 16);
+  }
+};
+
+// Codes stay at their bit position inside the word (an exact power-of-two factor, undone in the permuted query or output).
+template <int Bits, int Entries>
+struct Codes {
+  static constexpr int steps = 32 / Bits, chunk = 32, entries = Entries;
+  KV_INLINE vf get(const uint8_t* p, int s) {
+    const int shift = 8 * (s % 4) + Bits * (s / 4);
+    vu x = load_words(p);
+    return to_float(shift == 32 - Bits ? x >> shift : x & (((1u << Bits) - 1u) << shift));
+  }
+};
+
+enum class Codec : int {
+  f32, f32_wide, bf16, bf16_wide,
+  c8, c4, c4_2, c2, c2_2, c1, c1_2, c1_4,
+  expand,  // no direct form: small tiles are expanded to float32 first
+};
+
+// Calls body<C>() for the type that stands behind a codec.
+template <class Body>
+KV_INLINE void with_codec(Codec codec, Body&& body) {
+  switch (codec) {
+    case Codec::f32: case Codec::expand: return body(F32<2>{});
+    case Codec::f32_wide: return body(F32<4>{});
+    case Codec::bf16: return body(BF16<2>{});
+    case Codec::bf16_wide: return body(BF16<4>{});
+    case Codec::c8: return body(Codes<8, 1>{});
+    case Codec::c4: return body(Codes<4, 1>{});
+    case Codec::c4_2: return body(Codes<4, 2>{});
+    case Codec::c2: return body(Codes<2, 1>{});
+    case Codec::c2_2: return body(Codes<2, 2>{});
+    case Codec::c1: return body(Codes<1, 1>{});
+    case Codec::c1_2: return body(Codes<1, 2>{});
+    case Codec::c1_4: return body(Codes<1, 4>{});
+  }
+}
+
+KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
+
+KV_INLINE Codec choose(const Operand& x) {
+  if (x.kind == Kind::dense) {
+    if (x.width % 16 || x.type == Type::f16) return Codec::expand;
+    const bool wide = x.width % 32 == 0;
+    if (x.type == Type::f32) return wide ? Codec::f32_wide : Codec::f32;
+    return wide ? Codec::bf16_wide : Codec::bf16;
+  }
+  const int bytes = packed_bytes(x.width, x.bits);
+  const int entries = bytes % 32 == 0 ? 1 : bytes == 16 ? 2 : bytes == 8 ? 4 : 0;
+  if (!entries || x.stride != bytes || (entries > 1 && x.index)) return Codec::expand;
+  // A vector's lanes span 32 / entries consecutive channels, which must share a scale (and not straddle two slabs).
+  if (x.kind == Kind::token && x.group % (32 / entries)) return Codec::expand;
+  switch (x.bits) {
+    case 8: return entries == 1 ? Codec::c8 : Codec::expand;
+    case 4: return entries == 1 ? Codec::c4 : entries == 2 ? Codec::c4_2 : Codec::expand;
+    case 2: return entries == 1 ? Codec::c2 : entries == 2 ? Codec::c2_2 : Codec::expand;
+    case 1: return entries == 1 ? Codec::c1 : entries == 2 ? Codec::c1_2 : Codec::c1_4;
+    default: return Codec::expand;
+  }
+}
+
+// The order of a row's channels in its vectors.
+struct Order {
+  Codec codec;
+  int entries;  // per vector
+  int vectors;  // per row
+  int steps;
+  int chunk;
+  int slab;     // channels per slab of packed codes
+  int bits;
+
+  // The channel in a lane of vector v; may be >= width where a tile was padded.
+  int channel(int v, int lane) const {
+    if (bits == 0) return 8 * v + lane;
+    if (bits == 16) return 16 * (v / 2) + 2 * lane + v % 2;
+    const int s = v % steps;
+    return 32 * (v / steps) + 4 * (lane % (W / entries)) + s % 4 + s / 4 * slab;
+  }
+  // The factor by which get() is too large.
+  float factor(int v) const {
+    if (bits == 0 || bits == 16) return 1.0f;
+    const int s = v % steps, shift = 8 * (s % 4) + bits * (s / 4);
+    return shift == 32 - bits ? 1.0f : static_cast<float>(1u << shift);
+  }
+};
+
+KV_INLINE Order order_of(const Operand& x) {
+  Order o{};
+  o.codec = choose(x);
+  with_codec(o.codec, [&](auto c) {
+    o.entries = decltype(c)::entries;
+    o.steps = decltype(c)::steps;
+    o.chunk = decltype(c)::chunk;
+  });
+  if (o.codec == Codec::expand || x.kind == Kind::dense) {
+    o.bits = o.codec == Codec::bf16 || o.codec == Codec::bf16_wide ? 16 : 0;
+    o.vectors = (x.width + 15) / 16 * 2;
+  } else {
+    o.bits = x.bits;
+    o.slab = packed_bytes(x.width, x.bits);
+    o.vectors = x.width * o.entries / W;
+  }
+  return o;
+}
+
+KV_INLINE float element(const uint8_t* p, Type type, int64_t i) {
+  if (type == Type::f32) return reinterpret_cast<const f32_memory*>(p)[i];
+  const uint16_t h = reinterpret_cast<const u16_memory*>(p)[i];
+  return type == Type::bf16 ? bf16_to_float(h) : half_to_float(h);
+}
+
+// Converts n consecutive elements to float32.
+KV_INLINE void to_float(const uint8_t* p, Type type, int64_t first, int n, float* out) {
+  if (type == Type::f32) {
+    std::memcpy(out, p + 4 * first, sizeof(float) * n);
+  } else if (type == Type::bf16) {
+    const u16_memory* in = reinterpret_cast<const u16_memory*>(p) + first;
+    for (int i = 0; i < n; ++i) out[i] = bf16_to_float(in[i]);
+  } else {
+    const u16_memory* in = reinterpret_cast<const u16_memory*>(p) + first;
+    for (int i = 0; i < n; ++i) out[i] = half_to_float(in[i]);
+  }
+}
+
+KV_INLINE int type_bytes(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Codes of one packed row as float32.
+KV_INLINE void unpack_row(const uint8_t* row, int width, int bits, float* out) {
+  if (bits == 8) {
+    for (int i = 0; i < width; ++i) out[i] = row[i];
+  } else if (bits == 3) {
+    const int low = width / 4, high = width / 8;
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < low; ++i) out[i + j * low] = static_cast<float>(row[i] >> (2 * j) & 3);
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < high; ++i) out[i + j * high] += static_cast<float>((row[low + i] >> j & 1) * 4);
+  } else {
+    const int slab = packed_bytes(width, bits), mask = (1 << bits) - 1;
+    for (int j = 0; j < 8 / bits; ++j)
+      for (int i = 0; i < slab; ++i) out[i + j * slab] = static_cast<float>(row[i] >> (bits * j) & mask);
+  }
+}
+
+// Entry t of a row (flat index `entry`, for channel groups relative to the row) as float32 [width].
+KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out) {
+  const int64_t start = x.starts[row];
+  if (x.index) t = x.index[x.index_starts[row] + t];
+  if (x.kind == Kind::dense) {
+    to_float(x.data + (start + t) * x.stride, x.type, 0, x.width, out);
+  } else if (x.kind == Kind::token) {
+    unpack_row(x.data + (start + t) * x.stride, x.width, x.bits, out);
+    const int groups = x.width / x.group;
+    for (int j = 0; j < groups; ++j) {
+      const float s = element(x.scale, x.type, (start + t) * groups + j), z = element(x.zero, x.type, (start + t) * groups + j);
+      for (int i = 0; i < x.group; ++i) out[j * x.group + i] = out[j * x.group + i] * s + z;
+    }
+  } else {
+    unpack_row(x.data + (start * x.group + t) * x.stride, x.width, x.bits, out);
+    const int64_t at = (start + t / x.group) * x.width;
+    for (int i = 0; i < x.width; ++i) out[i] = out[i] * element(x.scale, x.type, at + i) + element(x.zero, x.type, at + i);
+  }
+}
+
+}  // namespace
+}  // namespace kvbudget

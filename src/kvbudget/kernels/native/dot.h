@@ -1,0 +1,115 @@
+// Logit micro-kernels: dot products of a few queries with rows of keys, codes entering as they are stored.
+#pragma once
+
+#include "codec.h"
+
+namespace kvbudget {
+namespace {
+
+// Per-entry factors of the groups of channels (per-token keys with several groups): row t's lanes at data + t * stride,
+// vector v belongs to group `group_of[v]`.
+struct LaneScales {
+  const float* data;  // [groups][rows], or [groups][rows * W / C::entries]: repeated for the lanes of its row
+  int64_t stride;     // between groups
+  const int* group_of;
+};
+
+// out[m * out_stride + t] for a tile of R vectors-of-rows (R * C::entries rows) and MT queries.
+template <class C, int MT, int R, bool Scaled>
+KV_INLINE void dot_tile(const uint8_t* const* rows, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
+                        int64_t first, vf (&acc)[MT][R]) {
+  for (int m = 0; m < MT; ++m)
+    for (int e = 0; e < R; ++e) acc[m][e] = splat(0.0f);
+  for (int c = 0; c < chunks; ++c) {
+#pragma GCC unroll 32
+    for (int s = 0; s < C::steps; ++s) {
+      vf k[R];
+      const float* at = q + (c * C::steps + s) * W;
+#pragma GCC unroll 4
+      for (int e = 0; e < R; ++e) {
+        k[e] = C::get(rows[e] + c * C::chunk, s);
+        if constexpr (Scaled) {
+          const float* group = scales.data + scales.group_of[c * C::steps + s] * scales.stride;
+          if constexpr (C::entries == 1)
+            k[e] *= splat(group[first + e]);
+          else
+            k[e] *= load(group + (first + e * C::entries) * (W / C::entries));
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) {
+        vf x = load(at + m * q_stride);
+#pragma GCC unroll 4
+        for (int e = 0; e < R; ++e) acc[m][e] += x * k[e];
+      }
+    }
+  }
+}
+
+KV_INLINE void store4(float* p, vf halves) {
+  typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+  vf s = halves + KV_SHUFFLE(halves, halves, 4, 5, 6, 7, 0, 1, 2, 3);
+  *reinterpret_cast<v4*>(p) = v4{s[0], s[1], s[2], s[3]};
+}
+
+// Writes the sums of four accumulators, which stand for 4 * entries consecutive rows. May write lanes past the last row.
+template <int Entries>
+KV_INLINE void store_sums(float* p, vf a, vf b, vf c, vf d) {
+  if constexpr (Entries == 4) {  // pairs of lanes per row
+    const vf x[4] = {a, b, c, d};
+    for (int e = 0; e < 4; ++e)
+      for (int i = 0; i < 4; ++i) p[4 * e + i] = x[e][2 * i] + x[e][2 * i + 1];
+  } else {
+    vf halves = quad_sums(a, b, c, d);
+    if constexpr (Entries == 1)
+      store4(p, halves);
+    else
+      store(p, KV_SHUFFLE(halves, halves, 0, 4, 1, 5, 2, 6, 3, 7));
+  }
+}
+
+template <class C, int MT, bool Scaled>
+void dot_rows(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
+              int64_t first, float* out, int64_t out_stride) {
+  constexpr int R = 4;
+  for (int t = 0; t < n; t += R * C::entries) {
+    vf acc[MT][R];
+    dot_tile<C, MT, R, Scaled>(rows + t / C::entries, q, q_stride, chunks, scales, first + t, acc);
+    for (int m = 0; m < MT; ++m) store_sums<C::entries>(out + m * out_stride + t, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+  }
+}
+
+// How many of the remaining queries the next register tile takes (1 to 4).
+KV_INLINE int next_tile(int remaining) { return remaining % 4 == 0 ? 4 : remaining < 3 ? remaining : 3; }
+
+template <class C, bool Scaled>
+void dot_queries(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
+                 const LaneScales& scales, int64_t first, float* out, int64_t out_stride) {
+  for (int m = 0; m < queries;) {
+    const int tile = next_tile(queries - m);
+    const float* at = q + m * q_stride;
+    float* to = out + m * out_stride;
+    switch (tile) {
+      case 1: dot_rows<C, 1, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
+      case 2: dot_rows<C, 2, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
+      case 3: dot_rows<C, 3, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
+      default: dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
+    }
+    m += tile;
+  }
+}
+
+// rows: n / entries pointers (rounded up to a multiple of 4); writes up to 4 * entries - 1 lanes past n.
+KV_INLINE void dot(Codec codec, const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
+                   const LaneScales* scales, int64_t first, float* out, int64_t out_stride) {
+  with_codec(codec, [&](auto c) {
+    using C = decltype(c);
+    if constexpr (C::steps > 4 || C::chunk == 32) {
+      if (scales) return dot_queries<C, true>(rows, n, q, q_stride, queries, chunks, *scales, first, out, out_stride);
+    }
+    dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, LaneScales{}, first, out, out_stride);
+  });
+}
+
+}  // namespace
+}  // namespace kvbudget

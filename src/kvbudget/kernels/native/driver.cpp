@@ -1,0 +1,179 @@
+// Splits attention over ragged rows among threads and joins what the threads bring back.
+#include "driver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace kvbudget {
+namespace {
+
+// A range of one row's entries; where it is not the whole row, its result waits in a slot to be merged.
+struct Range {
+  int row;
+  int64_t begin, end;
+  int slot;
+};
+
+struct Split {
+  std::vector<Range> ranges;
+  std::vector<size_t> first;  // of each thread's ranges, one more at the end
+  int slots = 0;
+};
+
+// Threads pay off from about ten microseconds of work on.
+constexpr double kSerialWork = 1.5e5;
+
+int useful_threads(const Job& job, int threads) {
+  int64_t entries = 0;
+  for (int r = 0; r < job.rows; ++r) entries += job.lengths[r];
+  const double work = static_cast<double>(entries) * job.queries * (job.key.width + job.value.width);
+  return work < kSerialWork ? 1 : std::max(threads, 1);
+}
+
+// Equal shares of the entries of all rows, cut where no group of per-channel codes is torn.
+Split split(const Job& job, int threads) {
+  Split s;
+  int64_t total = 0, left = 0, grain = 32;
+  for (const Operand* x : {&job.key, &job.value})
+    if (x->kind == Kind::channel) grain = std::max<int64_t>(grain, x->group);
+  for (int r = 0; r < job.rows; ++r) total += job.lengths[r];
+  int row = 0;
+  int64_t at = 0;
+  for (int t = 0; t < threads; ++t) {
+    s.first.push_back(s.ranges.size());
+    const int64_t until = total * (t + 1) / threads;
+    while (row < job.rows && (left < until || t + 1 == threads)) {
+      const int64_t length = job.lengths[row];
+      int64_t end = length;
+      if (t + 1 < threads && left + (length - at) > until) {
+        end = std::min(length, (at + (until - left) + grain / 2) / grain * grain);
+        if (end <= at) break;
+      }
+      if (end > at) s.ranges.push_back({row, at, end, at == 0 && end == length ? -1 : s.slots++});
+      left += end - at;
+      at = end;
+      if (at == length) ++row, at = 0;
+    }
+  }
+  s.first.push_back(s.ranges.size());
+  return s;
+}
+
+uint8_t* scratch(size_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~static_cast<uintptr_t>(63));
+}
+
+template <class Body>
+void in_parallel(int threads, const Body& body) {
+  if (threads == 1) return body(0);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t) body(t);
+}
+
+bool machine_has(const char* name) {
+  if (!std::strcmp(name, "generic")) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  if (!std::strcmp(name, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return false;
+}
+
+}  // namespace
+
+const Kernels* named_kernels(const char* name) {
+  if (!machine_has(name)) return nullptr;
+#if defined(__x86_64__)
+  if (!std::strcmp(name, "avx512")) return &avx512_kernels();
+  if (!std::strcmp(name, "avx2")) return &avx2_kernels();
+#endif
+  return &generic_kernels();
+}
+
+const Kernels* best_kernels() {
+  for (const char* name : {"avx512", "avx2"})
+    if (const Kernels* kernels = named_kernels(name)) return kernels;
+  return &generic_kernels();
+}
+
+void attend(const Kernels& kernels, const Job& job, int threads, float* out, float* lse, float* logits) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const int M = job.queries, width = job.value.width;
+  threads = useful_threads(job, threads);
+  const Split s = split(job, threads);
+  std::vector<float> parts(static_cast<size_t>(s.slots) * M * (width + 1));
+  std::vector<int64_t> offsets(job.rows);
+  for (int r = 1; r < job.rows; ++r) offsets[r] = offsets[r - 1] + job.lengths[r - 1] * M;
+  const size_t bytes = kernels.scratch_bytes(job);
+  in_parallel(threads, [&](int t) {
+    uint8_t* memory = scratch(bytes);
+    for (size_t i = s.first[t]; i < s.first[t + 1]; ++i) {
+      const Range& range = s.ranges[i];
+      float* to = out + static_cast<size_t>(range.row) * M * width;
+      float* to_lse = lse + static_cast<size_t>(range.row) * M;
+      if (range.slot >= 0) {
+        to = parts.data() + static_cast<size_t>(range.slot) * M * (width + 1);
+        to_lse = to + static_cast<size_t>(M) * width;
+      }
+      kernels.attend(job, range.row, range.begin, range.end, memory, to, to_lse, logits ? logits + offsets[range.row] : nullptr);
+    }
+  });
+  for (int r = 0; r < job.rows; ++r)
+    if (job.lengths[r] == 0) {
+      std::fill_n(out + static_cast<size_t>(r) * M * width, static_cast<size_t>(M) * width, 0.0f);
+      std::fill_n(lse + static_cast<size_t>(r) * M, M, -infinity);
+    }
+  for (size_t i = 0; i < s.ranges.size();) {
+    size_t last = i;
+    while (last < s.ranges.size() && s.ranges[last].row == s.ranges[i].row) ++last;
+    if (s.ranges[i].slot >= 0) {
+      float* to = out + static_cast<size_t>(s.ranges[i].row) * M * width;
+      for (int m = 0; m < M; ++m) {
+        const auto part = [&](size_t k) { return parts.data() + static_cast<size_t>(s.ranges[k].slot) * M * (width + 1); };
+        const auto part_lse = [&](size_t k) { return part(k)[static_cast<size_t>(M) * width + m]; };
+        float top = -infinity, total = 0.0f;
+        for (size_t k = i; k < last; ++k) top = std::max(top, part_lse(k));
+        float* o = to + static_cast<size_t>(m) * width;
+        std::fill_n(o, width, 0.0f);
+        float& row_lse = lse[static_cast<size_t>(s.ranges[i].row) * M + m];
+        row_lse = -infinity;
+        if (top == -infinity) continue;
+        for (size_t k = i; k < last; ++k) total += std::exp(part_lse(k) - top);
+        row_lse = top + std::log(total);
+        for (size_t k = i; k < last; ++k) {
+          const float weight = std::exp(part_lse(k) - row_lse);
+          const float* p = part(k) + static_cast<size_t>(m) * width;
+          for (int d = 0; d < width; ++d) o[d] += weight * p[d];
+        }
+      }
+    }
+    i = last;
+  }
+}
+
+void mass(const Kernels& kernels, const Job& job, int threads, const float* lse, float* sums) {
+  threads = useful_threads(job, threads);
+  const Split s = split(job, threads);
+  std::vector<int64_t> offsets(job.rows);
+  for (int r = 1; r < job.rows; ++r) offsets[r] = offsets[r - 1] + job.lengths[r - 1];
+  const size_t bytes = kernels.scratch_bytes(job);
+  in_parallel(threads, [&](int t) {
+    uint8_t* memory = scratch(bytes);
+    for (size_t i = s.first[t]; i < s.first[t + 1]; ++i) {
+      const Range& range = s.ranges[i];
+      kernels.mass(job, range.row, range.begin, range.end, memory, lse + static_cast<size_t>(range.row) * job.queries,
+                   sums + offsets[range.row] + range.begin);
+    }
+  });
+}
+
+}  // namespace kvbudget

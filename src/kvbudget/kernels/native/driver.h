@@ -1,0 +1,17 @@
+// Splits attention over ragged rows among threads and joins what the threads bring back.
+#pragma once
+
+#include "job.h"
+
+namespace kvbudget {
+
+// The best kernels that this machine can run, or those called `name` (null if it cannot run them).
+const Kernels* best_kernels();
+const Kernels* named_kernels(const char* name);
+
+// out [rows, M, Dv], lse [rows, M]; logits (may be null) row after row [M, length].
+void attend(const Kernels&, const Job&, int threads, float* out, float* lse, float* logits);
+// sums: row after row [length], against lse [rows, M].
+void mass(const Kernels&, const Job&, int threads, const float* lse, float* sums);
+
+}  // namespace kvbudget

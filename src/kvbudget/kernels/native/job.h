@@ -1,0 +1,65 @@
+// The plain structs that the driver hands to the kernels of one instruction set.
+//
+// Kernel translation units are compiled with different machine flags, so nothing here (or in any header that they share)
+// may define a function with external linkage: the linker could keep the copy that needs the newer machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvbudget {
+
+enum class Kind : int { dense = 0, token = 1, channel = 2 };
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Keys or values of all rows; the fields are those of reference.py's operands.
+struct Operand {
+  Kind kind;
+  Type type;           // of the data (dense) or of scale and zero (token, channel)
+  const uint8_t* data;
+  int64_t stride;      // bytes from one entry to the next
+  const uint8_t* scale;
+  const uint8_t* zero;
+  int width;           // D
+  int bits;
+  int group;           // channels per group (token) or entries per group (channel)
+  const int64_t* starts;
+  const int64_t* index;  // gathered subsets: entry t of a row is index[index_starts[row] + t]; null otherwise
+  const int64_t* index_starts;
+};
+
+struct Job {
+  Operand key;
+  Operand value;
+  const uint8_t* query;  // [rows, queries, D]
+  Type query_type;
+  int rows;
+  int queries;  // M = G * steps
+  int steps;    // n
+  float scale;
+  float softcap;  // 0: none
+  const int64_t* lengths;
+  const int64_t* entry_starts;  // of log_count and positions
+  const float* log_count;       // may be null
+  const uint8_t* positions;     // may be null
+  bool wide_positions;          // int64 rather than int32
+  const int64_t* query_positions;  // [rows, n], may be null
+  int64_t causal_tail;
+  int64_t window;  // 0: none
+};
+
+// The kernels of one instruction set. Ranges are in-row entries; scratch holds scratch_bytes(job) bytes, 64-byte aligned.
+struct Kernels {
+  const char* name;
+  size_t (*scratch_bytes)(const Job&);
+  // out [M, Dv] normalized over the range, lse [M].
+  void (*attend)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, float* out, float* lse, float* logits);
+  // sums[t - begin] = sum over m of exp(logit[m, t] - lse[m]).
+  void (*mass)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums);
+};
+
+const Kernels& generic_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace kvbudget

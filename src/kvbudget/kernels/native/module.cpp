@@ -1,0 +1,103 @@
+// The Python face of the kernels: raw addresses and sizes, which native.py has checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+
+namespace nb = nanobind;
+using kvbudget::Job;
+using kvbudget::Operand;
+
+namespace {
+
+using Integers = std::vector<int64_t>;
+
+const kvbudget::Kernels* kernels = kvbudget::best_kernels();
+
+const uint8_t* address(const nb::handle& h) { return reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(h)); }
+
+// (kind, type, data, stride, scale, zero, width, bits, group, starts); `lists` keeps the integers alive.
+Operand operand(const nb::tuple& t, Integers& starts) {
+  Operand x{};
+  x.kind = static_cast<kvbudget::Kind>(nb::cast<int>(t[0]));
+  x.type = static_cast<kvbudget::Type>(nb::cast<int>(t[1]));
+  x.data = address(t[2]);
+  x.stride = nb::cast<int64_t>(t[3]);
+  x.scale = address(t[4]);
+  x.zero = address(t[5]);
+  x.width = nb::cast<int>(t[6]);
+  x.bits = nb::cast<int>(t[7]);
+  x.group = nb::cast<int>(t[8]);
+  starts = nb::cast<Integers>(t[9]);
+  x.starts = starts.data();
+  return x;
+}
+
+// (query, type, rows, queries, steps, scale, softcap, lengths, entry_starts, log_count, positions, wide, query_positions,
+//  causal_tail, window)
+struct Call {
+  Job job{};
+  Integers lengths, entry_starts, key_starts, value_starts;
+
+  Call(const nb::tuple& key, const nb::tuple* value, const nb::tuple& t) {
+    job.key = operand(key, key_starts);
+    if (value) job.value = operand(*value, value_starts);
+    job.query = address(t[0]);
+    job.query_type = static_cast<kvbudget::Type>(nb::cast<int>(t[1]));
+    job.rows = nb::cast<int>(t[2]);
+    job.queries = nb::cast<int>(t[3]);
+    job.steps = nb::cast<int>(t[4]);
+    job.scale = nb::cast<float>(t[5]);
+    job.softcap = nb::cast<float>(t[6]);
+    lengths = nb::cast<Integers>(t[7]);
+    entry_starts = nb::cast<Integers>(t[8]);
+    job.lengths = lengths.data();
+    job.entry_starts = entry_starts.data();
+    job.log_count = reinterpret_cast<const float*>(address(t[9]));
+    job.positions = address(t[10]);
+    job.wide_positions = nb::cast<bool>(t[11]);
+    job.query_positions = reinterpret_cast<const int64_t*>(address(t[12]));
+    job.causal_tail = nb::cast<int64_t>(t[13]);
+    job.window = nb::cast<int64_t>(t[14]);
+    const size_t rows = static_cast<size_t>(job.rows);
+    const bool needs_entries = job.log_count || job.window > 0;
+    if (lengths.size() != rows || key_starts.size() < rows || (value && value_starts.size() < rows) ||
+        (needs_entries && entry_starts.size() < rows))
+      throw std::invalid_argument("one length and one start per row of queries are needed");
+  }
+};
+
+void attend(const nb::tuple& key, const nb::tuple& value, const nb::tuple& call, int threads, uintptr_t out, uintptr_t lse,
+            uintptr_t logits) {
+  Call c(key, &value, call);
+  nb::gil_scoped_release release;
+  kvbudget::attend(*kernels, c.job, threads, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse),
+                   reinterpret_cast<float*>(logits));
+}
+
+void mass(const nb::tuple& key, const nb::tuple& call, int threads, uintptr_t lse, uintptr_t sums) {
+  Call c(key, nullptr, call);
+  nb::gil_scoped_release release;
+  kvbudget::mass(*kernels, c.job, threads, reinterpret_cast<const float*>(lse), reinterpret_cast<float*>(sums));
+}
+
+bool use(const std::string& name) {
+  const kvbudget::Kernels* found = kvbudget::named_kernels(name.c_str());
+  if (found) kernels = found;
+  return found != nullptr;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native attention kernels; use them through kvbudget.kernels.";
+  m.def("attend", &attend);
+  m.def("mass", &mass);
+  m.def("instruction_set", [] { return std::string(kernels->name); });
+  m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
+}

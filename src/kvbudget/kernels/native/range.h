@@ -1,0 +1,487 @@
+// Attention of one row's queries over a range of its entries: logits, running softmax and weighted sum, block by block.
+#pragma once
+
+#include "dot.h"
+#include "weigh.h"
+
+namespace kvbudget {
+namespace {
+
+constexpr int kTile = 32;  // entries whose rows stay in the first-level cache while all queries use them
+constexpr float kInfinity = __builtin_inff();
+
+// Entries per block: logits of all queries stay within 16 KiB.
+KV_INLINE int block_of(int queries) { return queries <= 16 ? 256 : queries <= 32 ? 128 : 64; }
+KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+// Rows of an operand as the micro-kernels read them.
+struct Side {
+  Order order;
+  int chunks;
+  int lanes;             // vectors * W
+  int groups;            // of channels per entry (per-token codes), else 1
+  int* channel;          // [lanes]
+  float* unit;           // [lanes] 1 / factor; 0 in padded lanes
+  int* group_of;         // [vectors]
+  float* scale;          // per-token: [groups][block + W]; per-channel: [lanes] of the current group
+  float* zero;           // the same
+  float* meta;           // conversion buffer
+  float* expanded;       // [kTile][lanes] for operands without a direct form
+  uint8_t* last;         // copy of the rows that would be read past the range
+  const uint8_t* rows[kTile + 4];
+};
+
+struct State {
+  Side key, value;
+  float* query;        // [M, D] float32, scaled
+  float* permuted;     // [M, lanes]
+  float* scaled;       // [M, lanes] times the group's scales (per-channel keys)
+  float* query_sums;   // [M, groups]
+  float* bias;         // [M]
+  float* logits;       // [M, block + 16]
+  float* weights;      // value weights, see weigh.h
+  float* sums;         // [M, lanes of the value]
+  float* group_sums;   // the same for the current group of per-channel values
+  float* zero_sums;    // [M, groups]
+  float* top;          // [M]
+  float* total;        // [M]
+  int block;
+};
+
+struct Arena {
+  uint8_t* base;
+  size_t used;
+  template <class T>
+  T* take(size_t n) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (n * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+KV_INLINE void lay_out(const Operand& x, int block, Arena& arena, Side& side) {
+  side.order = order_of(x);
+  side.lanes = side.order.vectors * W;
+  side.chunks = side.order.vectors / side.order.steps;
+  const bool direct = side.order.codec != Codec::expand;
+  side.groups = direct && x.kind == Kind::token ? x.width / x.group : 1;
+  side.channel = arena.take<int>(side.lanes);
+  side.unit = arena.take<float>(side.lanes);
+  side.group_of = arena.take<int>(side.order.vectors);
+  const size_t meta = x.kind == Kind::token ? static_cast<size_t>(side.groups) * (block + W) : x.width;
+  const size_t repeat = side.order.entries > 1 ? W : 1;
+  side.scale = arena.take<float>(x.kind == Kind::token ? meta * repeat : side.lanes);
+  side.zero = arena.take<float>(x.kind == Kind::token ? meta : side.lanes);
+  side.meta = arena.take<float>(meta);
+  side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
+  side.last = arena.take<uint8_t>(64);
+}
+
+KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
+  Arena arena{base, 0};
+  const size_t M = job.queries;
+  s.block = block_of(job.queries);
+  lay_out(job.key, s.block, arena, s.key);
+  s.query = arena.take<float>(M * job.key.width);
+  s.permuted = arena.take<float>(M * s.key.lanes);
+  s.scaled = arena.take<float>(M * s.key.lanes);
+  s.query_sums = arena.take<float>(M * s.key.groups);
+  s.bias = arena.take<float>(M);
+  s.logits = arena.take<float>(M * (s.block + 16));
+  s.top = arena.take<float>(M);
+  s.total = arena.take<float>(M);
+  if (job.value.data) {
+    lay_out(job.value, s.block, arena, s.value);
+    s.weights = arena.take<float>(M * s.value.groups * (kTile + 1) * W);
+    s.sums = arena.take<float>(M * s.value.lanes);
+    s.group_sums = arena.take<float>(M * s.value.lanes);
+    s.zero_sums = arena.take<float>(M * s.value.groups);
+  }
+  return arena.used + 64;
+}
+
+size_t scratch_bytes(const Job& job) {
+  State s{};
+  return lay_out(job, nullptr, s);
+}
+
+KV_INLINE void describe(const Operand& x, Side& side) {
+  const Order& o = side.order;
+  const bool direct = o.codec != Codec::expand;
+  for (int v = 0; v < o.vectors; ++v) {
+    const float unit = 1.0f / o.factor(v);
+    for (int i = 0; i < W; ++i) {
+      const int c = o.channel(v, i);
+      side.channel[v * W + i] = c < x.width ? c : 0;
+      side.unit[v * W + i] = c < x.width ? unit : 0.0f;
+    }
+    side.group_of[v] = direct && x.kind == Kind::token ? o.channel(v, 0) / x.group : 0;
+  }
+}
+
+// Points at n rows from entry t on (n <= kTile), as vectors of rows; expands, gathers or copies where it must.
+KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end) {
+  const Order& o = side.order;
+  int count = 0;
+  if (o.codec == Codec::expand) {
+    for (; count < n; ++count) {
+      float* out = side.expanded + static_cast<size_t>(count) * side.lanes;
+      expand_entry(x, row, t + count, out);
+      for (int i = x.width; i < side.lanes; ++i) out[i] = 0.0f;
+      side.rows[count] = reinterpret_cast<const uint8_t*>(out);
+    }
+  } else {
+    const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group : x.starts[row];
+    if (x.index) {
+      const int64_t* index = x.index + x.index_starts[row] + t;
+      for (; count < n; ++count) side.rows[count] = x.data + (start + index[count]) * x.stride;
+    } else {
+      const uint8_t* base = x.data + (start + t) * x.stride;
+      for (int i = 0; i < n; i += o.entries) side.rows[count++] = base + i * x.stride;
+      const int over = count * o.entries - n;
+      if (over && t + n + over > end) {
+        const size_t bytes = (o.entries - over) * x.stride;
+        std::memset(side.last, 0, 32);
+        std::memcpy(side.last, side.rows[count - 1], bytes);
+        side.rows[count - 1] = side.last;
+      }
+    }
+  }
+  for (int i = count; i % 4; ++i) side.rows[i] = side.rows[count - 1];
+}
+
+template <int Groups>
+KV_INLINE void deinterleave(const float* in, int n, int groups, int64_t stride, float* out) {
+  const int g = Groups ? Groups : groups;
+  for (int j = 0; j < g; ++j)
+    for (int t = 0; t < n; ++t) out[j * stride + t] = in[t * g + j];
+}
+
+// Scales or zeros of n entries of per-token codes, as [groups][block + W] float32.
+KV_INLINE void token_meta(const Operand& x, Side& side, const uint8_t* meta, int row, int64_t t, int n, int block, float* out) {
+  const int groups = side.groups;
+  if (x.index) {
+    const int64_t* index = x.index + x.index_starts[row] + t;
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < groups; ++j) out[j * (block + W) + i] = element(meta, x.type, (x.starts[row] + index[i]) * groups + j);
+  } else {
+    float* flat = groups == 1 ? out : side.meta;
+    to_float(meta, x.type, (x.starts[row] + t) * groups, n * groups, flat);
+    if (groups == 2) deinterleave<2>(flat, n, groups, block + W, out);
+    else if (groups == 4) deinterleave<4>(flat, n, groups, block + W, out);
+    else if (groups > 1) deinterleave<0>(flat, n, groups, block + W, out);
+  }
+  for (int j = 0; j < groups; ++j)
+    for (int i = n; i < padded(n, W); ++i) out[j * (block + W) + i] = 0.0f;
+}
+
+KV_INLINE void prepare_query(const Job& job, State& s, int row) {
+  const int M = job.queries, D = job.key.width, lanes = s.key.lanes;
+  describe(job.key, s.key);
+  to_float(job.query, job.query_type, static_cast<int64_t>(row) * M * D, M * D, s.query);
+  for (int i = 0; i < M * D; ++i) s.query[i] *= job.scale;
+  for (int m = 0; m < M; ++m) {
+    const float* q = s.query + m * D;
+    for (int i = 0; i < lanes; ++i) s.permuted[m * lanes + i] = q[s.key.channel[i]] * s.key.unit[i];
+    if (job.key.kind == Kind::token)
+      for (int j = 0; j < s.key.groups; ++j) {
+        float total = 0.0f;
+        const int span = D / s.key.groups;
+        for (int i = 0; i < span; ++i) total += q[j * span + i];
+        s.query_sums[m * s.key.groups + j] = total;
+      }
+  }
+}
+
+// Scales the queries for one group of entries of per-channel keys; its zeros become one bias per query.
+KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
+  const Operand& x = job.key;
+  const int M = job.queries, D = x.width, lanes = s.key.lanes;
+  to_float(x.zero, x.type, group * D, D, s.key.meta);
+  for (int m = 0; m < M; ++m) {
+    vf bias = splat(0.0f);
+    for (int i = 0; i < D; i += W) bias += load(s.query + m * D + i) * load(s.key.meta + i);
+    s.bias[m] = sum(bias);
+  }
+  to_float(x.scale, x.type, group * D, D, s.key.meta);
+  for (int i = 0; i < lanes; ++i) s.key.scale[i] = s.key.meta[s.key.channel[i]];
+  for (int m = 0; m < M; ++m)
+    for (int i = 0; i < lanes; i += W)
+      store(s.scaled + m * lanes + i, load(s.permuted + m * lanes + i) * load(s.key.scale + i));
+}
+
+// Logits of n entries from t on, scaled, capped, biased and masked: s.logits[m, 0 : n], -inf up to a multiple of W.
+KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
+  const Operand& x = job.key;
+  Side& side = s.key;
+  const int M = job.queries, stride = s.block + 16;
+  const bool direct = side.order.codec != Codec::expand;
+  const bool token = direct && x.kind == Kind::token, channel = direct && x.kind == Kind::channel;
+  if (token) {
+    token_meta(x, side, x.scale, row, t, n, s.block, side.scale);
+    token_meta(x, side, x.zero, row, t, n, s.block, side.zero);
+  }
+  LaneScales scales{side.scale, s.block + W, side.group_of};
+  const float* repeated = side.scale;
+  if (token && side.groups > 1 && side.order.entries > 1) {
+    const int repeat = W / side.order.entries;
+    float* to = side.scale + static_cast<size_t>(side.groups) * (s.block + W);
+    for (int j = 0; j < side.groups; ++j)
+      for (int i = 0; i < padded(n, W); ++i)
+        for (int l = 0; l < repeat; ++l) to[(j * (s.block + W) + i) * repeat + l] = side.scale[j * (s.block + W) + i];
+    repeated = to;
+    scales = {repeated, (s.block + W) * repeat, side.group_of};
+  }
+  for (int at = 0; at < n;) {
+    int count = n - at < kTile ? n - at : kTile;
+    const float* q = s.permuted;
+    if (channel) {
+      const int64_t group = (t + at) / x.group, left = (group + 1) * x.group - (t + at);
+      if (left < count) count = static_cast<int>(left);
+      if (at == 0 || (t + at) % x.group == 0) prepare_group(job, s, x.starts[row] + group);
+      q = s.scaled;
+    }
+    point(x, side, row, t + at, count, end);
+    float* out = s.logits + at;
+    dot(side.order.codec, side.rows, count, q, side.lanes, M, side.chunks, token && side.groups > 1 ? &scales : nullptr, at,
+        out, stride);
+    if (channel)
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < count; i += W) store(out + m * stride + i, load(out + m * stride + i) + splat(s.bias[m]));
+    at += count;
+  }
+  for (int m = 0; m < M; ++m) {
+    float* l = s.logits + m * stride;
+    if (token) {
+      const float* sums = s.query_sums + m * side.groups;
+      for (int i = 0; i < n; i += W) {
+        vf y = load(l + i);
+        if (side.groups == 1) y *= load(side.scale + i);
+        for (int j = 0; j < side.groups; ++j) y += load(side.zero + j * (s.block + W) + i) * splat(sums[j]);
+        store(l + i, y);
+      }
+    }
+    if (job.softcap > 0.0f)
+      for (int i = 0; i < n; i += W) store(l + i, vtanh(load(l + i) * splat(1.0f / job.softcap)) * splat(job.softcap));
+    if (job.log_count) {
+      const float* count = job.log_count + job.entry_starts[row] + t;
+      for (int i = 0; i < n; ++i) l[i] += count[i];
+    }
+    const int step = m % job.steps;
+    if (job.causal_tail > 1) {
+      const int64_t visible = job.lengths[row] - job.causal_tail + step + 1 - t;  // entries of this block that the step sees
+      for (int64_t i = visible < 0 ? 0 : visible; i < n; ++i) l[i] = -kInfinity;
+    }
+    if (job.window > 0) {
+      const int64_t above = job.query_positions[static_cast<int64_t>(row) * job.steps + step] - job.window;
+      const int64_t first = job.entry_starts[row] + t;
+      if (job.wide_positions) {
+        const i64_memory* p = reinterpret_cast<const i64_memory*>(job.positions) + first;
+        for (int i = 0; i < n; ++i) l[i] = p[i] > above ? l[i] : -kInfinity;
+      } else {
+        const i32_memory* p = reinterpret_cast<const i32_memory*>(job.positions) + first;
+        for (int i = 0; i < n; ++i) l[i] = p[i] > above ? l[i] : -kInfinity;
+      }
+    }
+    for (int i = n; i < padded(n, W); ++i) l[i] = -kInfinity;
+  }
+}
+
+KV_INLINE void scale_by(float* p, int n, float factor) {
+  for (int i = 0; i < n; ++i) p[i] *= factor;
+}
+
+// Turns s.logits into unnormalized weights against the running maximum.
+KV_INLINE void block_softmax(const Job& job, State& s, int n) {
+  const int stride = s.block + 16;
+  for (int m = 0; m < job.queries; ++m) {
+    float* l = s.logits + m * stride;
+    vf most = load(l);
+    for (int i = W; i < n; i += W) most = vmax(most, load(l + i));
+    float top = most[0];
+    for (int i = 1; i < W; ++i) top = most[i] > top ? most[i] : top;
+    if (top > s.top[m]) {
+      if (s.top[m] > -kInfinity) {
+        const float factor = vexp(splat(s.top[m] - top))[0];
+        s.total[m] *= factor;
+        scale_by(s.sums + m * s.value.lanes, s.value.lanes, factor);
+        scale_by(s.zero_sums + m * s.value.groups, s.value.groups, factor);
+      }
+      s.top[m] = top;
+    }
+    const vf base = splat(s.top[m] > -kInfinity ? s.top[m] : 0.0f);
+    vf total = splat(0.0f);
+    for (int i = 0; i < n; i += W) {
+      vf p = vexp(load(l + i) - base);
+      total += p;
+      store(l + i, p);
+    }
+    s.total[m] += sum(total);
+  }
+}
+
+// Adds the sums of one group of per-channel values, which stand in s.group_sums, to s.sums.
+KV_INLINE void flush_group(const Job& job, State& s, int64_t group, const float* weight_sums) {
+  const Operand& x = job.value;
+  Side& side = s.value;
+  to_float(x.scale, x.type, group * x.width, x.width, side.meta);
+  for (int i = 0; i < side.lanes; ++i) side.scale[i] = side.meta[side.channel[i]] * side.unit[i];
+  to_float(x.zero, x.type, group * x.width, x.width, side.meta);
+  const int copies = side.order.entries;
+  for (int i = 0; i < side.lanes; ++i) side.zero[i] = side.meta[side.channel[i]] / copies;
+  for (int m = 0; m < job.queries; ++m)
+    for (int i = 0; i < side.lanes; i += W) {
+      float* to = s.sums + m * side.lanes + i;
+      store(to, load(to) + load(s.group_sums + m * side.lanes + i) * load(side.scale + i) + load(side.zero + i) * splat(weight_sums[m]));
+    }
+}
+
+KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
+  const Operand& x = job.value;
+  Side& side = s.value;
+  const int M = job.queries, stride = s.block + 16, entries = side.order.entries;
+  const bool direct = side.order.codec != Codec::expand;
+  const bool token = direct && x.kind == Kind::token, channel = direct && x.kind == Kind::channel;
+  if (token) {
+    token_meta(x, side, x.scale, row, t, n, s.block, side.scale);
+    token_meta(x, side, x.zero, row, t, n, s.block, side.zero);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < side.groups; ++j) {
+        vf total = splat(0.0f);
+        for (int i = 0; i < n; i += W) total += load(s.logits + m * stride + i) * load(side.zero + j * (s.block + W) + i);
+        s.zero_sums[m * side.groups + j] += sum(total);
+      }
+  }
+  float* acc = channel ? s.group_sums : s.sums;
+  if (channel) std::memset(acc, 0, sizeof(float) * M * side.lanes);
+  float* weight_sums = s.bias;  // free between two blocks of keys
+  for (int m = 0; m < M; ++m) weight_sums[m] = 0.0f;
+  for (int at = 0; at < n;) {
+    int count = n - at < kTile ? n - at : kTile;
+    if (channel) {
+      const int64_t left = ((t + at) / x.group + 1) * x.group - (t + at);
+      if (left < count) count = static_cast<int>(left);
+    }
+    point(x, side, row, t + at, count, end);
+    Weights w{s.logits + at, stride, 1, 0};
+    if (token || entries > 1) {
+      const int repeat = W / entries, span = kTile * (entries > 1 ? repeat : 1) + W;
+      for (int j = 0; j < side.groups; ++j)
+        for (int m = 0; m < M; ++m) {
+          float* to = s.weights + static_cast<size_t>(j * M + m) * span;
+          const float* p = s.logits + m * stride + at;
+          const float* scale = token ? side.scale + j * (s.block + W) + at : nullptr;
+          for (int i = 0; i < count; i += W) {
+            vf y = token ? load(p + i) * load(scale + i) : load(p + i);
+            if (i + W > count) {  // entries of the next group, or past the range
+              for (int l = count - i; l < W; ++l) y[l] = 0.0f;
+            }
+            if (entries == 1) {
+              store(to + i, y);
+            } else if (entries == 2) {
+              store(to + 4 * i, KV_SHUFFLE(y, y, 0, 0, 0, 0, 1, 1, 1, 1));
+              store(to + 4 * i + 8, KV_SHUFFLE(y, y, 2, 2, 2, 2, 3, 3, 3, 3));
+              store(to + 4 * i + 16, KV_SHUFFLE(y, y, 4, 4, 4, 4, 5, 5, 5, 5));
+              store(to + 4 * i + 24, KV_SHUFFLE(y, y, 6, 6, 6, 6, 7, 7, 7, 7));
+            } else {
+              store(to + 2 * i, KV_SHUFFLE(y, y, 0, 0, 1, 1, 2, 2, 3, 3));
+              store(to + 2 * i + 8, KV_SHUFFLE(y, y, 4, 4, 5, 5, 6, 6, 7, 7));
+            }
+          }
+        }
+      w = {s.weights, span, 1, static_cast<int64_t>(M) * span};
+    }
+    weigh(side.order.codec, side.rows, (count + entries - 1) / entries, w, side.groups > 1 ? side.group_of : nullptr, M,
+          side.chunks, acc, side.lanes);
+    if (channel) {
+      for (int m = 0; m < M; ++m) {
+        const float* p = s.logits + m * stride + at;
+        float total = 0.0f;
+        for (int i = 0; i < count; ++i) total += p[i];
+        weight_sums[m] += total;
+      }
+      if ((t + at + count) % x.group == 0 || at + count == n) {
+        flush_group(job, s, x.starts[row] + (t + at) / x.group, weight_sums);
+        std::memset(acc, 0, sizeof(float) * M * side.lanes);
+        for (int m = 0; m < M; ++m) weight_sums[m] = 0.0f;
+      }
+    }
+    at += count;
+  }
+}
+
+KV_INLINE void finish(const Job& job, State& s, float* out, float* lse) {
+  const Operand& x = job.value;
+  Side& side = s.value;
+  const bool direct = side.order.codec != Codec::expand;
+  const bool units = !(direct && x.kind == Kind::channel);  // flush_group has applied them
+  for (int m = 0; m < job.queries; ++m) {
+    float* o = out + static_cast<size_t>(m) * x.width;
+    const float* p = s.sums + static_cast<size_t>(m) * side.lanes;
+    for (int d = 0; d < x.width; ++d) o[d] = 0.0f;
+    if (!(s.top[m] > -kInfinity)) {
+      lse[m] = -kInfinity;
+      continue;
+    }
+    for (int i = 0; i < side.lanes; ++i)
+      if (side.unit[i] != 0.0f) o[side.channel[i]] += units ? p[i] * side.unit[i] : p[i];
+    if (direct && x.kind == Kind::token)
+      for (int d = 0; d < x.width; ++d) o[d] += s.zero_sums[m * side.groups + d / x.group];
+    const float inverse = 1.0f / s.total[m];
+    for (int d = 0; d < x.width; ++d) o[d] *= inverse;
+    lse[m] = s.top[m] + __builtin_logf(s.total[m]);
+  }
+}
+
+void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratch, float* out, float* lse, float* logits) {
+  State s{};
+  lay_out(job, scratch, s);
+  prepare_query(job, s, row);
+  describe(job.value, s.value);
+  const int M = job.queries;
+  for (int m = 0; m < M; ++m) {
+    s.top[m] = -kInfinity;
+    s.total[m] = 0.0f;
+  }
+  std::memset(s.sums, 0, sizeof(float) * M * s.value.lanes);
+  std::memset(s.zero_sums, 0, sizeof(float) * M * s.value.groups);
+  for (int64_t t = begin; t < end; t += s.block) {
+    const int n = static_cast<int>(end - t < s.block ? end - t : s.block);
+    block_logits(job, s, row, t, n, end);
+    if (logits)
+      for (int m = 0; m < M; ++m)
+        std::memcpy(logits + m * job.lengths[row] + t, s.logits + m * (s.block + 16), sizeof(float) * n);
+    block_softmax(job, s, n);
+    block_values(job, s, row, t, n, end);
+  }
+  finish(job, s, out, lse);
+}
+
+void mass(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums) {
+  State s{};
+  lay_out(job, scratch, s);
+  prepare_query(job, s, row);
+  for (int64_t t = begin; t < end; t += s.block) {
+    const int n = static_cast<int>(end - t < s.block ? end - t : s.block);
+    block_logits(job, s, row, t, n, end);
+    float* to = sums + (t - begin);
+    for (int i = 0; i < n; i += W) {
+      vf total = splat(0.0f);
+      for (int m = 0; m < job.queries; ++m) {
+        // lse is -inf where a query sees no entry at all, +inf where it is not to be counted: neither adds anything.
+        if (!(lse[m] > -kInfinity && lse[m] < kInfinity)) continue;
+        total += vexp(load(s.logits + m * (s.block + 16) + i) - splat(lse[m]));
+      }
+      for (int l = 0; l < W && i + l < n; ++l) to[i + l] = total[l];
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels& KV_TABLE() {
+  static const Kernels kernels{KV_NAME, scratch_bytes, attend, mass};
+  return kernels;
+}
+
+}  // namespace kvbudget

@@ -1,0 +1,110 @@
+// Eight-lane vectors in GCC/Clang vector extensions: every instruction set compiles the same source.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define KV_INLINE static inline __attribute__((always_inline))
+
+namespace kvbudget {
+namespace {
+
+constexpr int W = 8;
+
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+typedef uint32_t vu __attribute__((vector_size(32)));
+typedef float vf_memory __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t vu_memory __attribute__((vector_size(32), aligned(1), may_alias));
+typedef float f32_memory __attribute__((aligned(1), may_alias));
+typedef uint16_t u16_memory __attribute__((aligned(1), may_alias));
+typedef int32_t i32_memory __attribute__((aligned(1), may_alias));
+typedef int64_t i64_memory __attribute__((aligned(1), may_alias));
+
+#if defined(__clang__)
+#define KV_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KV_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+KV_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_memory*>(p); }
+KV_INLINE vf load_bytes(const uint8_t* p) { return *reinterpret_cast<const vf_memory*>(p); }
+KV_INLINE vu load_words(const uint8_t* p) { return *reinterpret_cast<const vu_memory*>(p); }
+KV_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_memory*>(p) = x; }
+KV_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
+KV_INLINE vf as_float(vu x) { return (vf)x; }
+KV_INLINE vf to_float(vu x) { return __builtin_convertvector((vi)x, vf); }
+
+KV_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX__) && !defined(__clang__)
+  return __builtin_ia32_maxps256(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+KV_INLINE float sum(vf x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+// Sums inside each half: lane 4h + i of the result is the sum of half h of the i-th argument.
+KV_INLINE vf quad_sums(vf a, vf b, vf c, vf d) {
+  vf ab = KV_SHUFFLE(a, b, 0, 1, 10, 11, 4, 5, 14, 15) + KV_SHUFFLE(a, b, 2, 3, 8, 9, 6, 7, 12, 13);
+  vf cd = KV_SHUFFLE(c, d, 0, 1, 10, 11, 4, 5, 14, 15) + KV_SHUFFLE(c, d, 2, 3, 8, 9, 6, 7, 12, 13);
+  return KV_SHUFFLE(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) + KV_SHUFFLE(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// exp(x) for x <= 88, exactly 0 below the smallest normal result (so that -inf gives 0).
+KV_INLINE vf vexp(vf x) {
+  const vf low = splat(-87.33654f);
+  vf clamped = vmax(x, low);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted = clamped * splat(1.44269504f) + magic;
+  vf n = shifted - magic;
+  vf r = clamped - n * splat(0.693145752f);
+  r = r - n * splat(1.42860677e-6f);
+  vf p = splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
+  return (vf)((vi)(p * (vf)exponent) & (x > low));
+}
+
+KV_INLINE vf vtanh(vf x) {
+  vf magnitude = (vf)((vi)x & 0x7fffffff);
+  vf far = splat(1.0f) - splat(2.0f) / (vexp(vmax(splat(-40.0f), -(vmax(-(magnitude + magnitude), splat(-40.0f))))) + splat(1.0f));
+  vf y = x * x;
+  vf near = splat(62.0f / 2835);
+  near = near * y - splat(17.0f / 315);
+  near = near * y + splat(2.0f / 15);
+  near = near * y - splat(1.0f / 3);
+  near = near * y + splat(1.0f);
+  near = near * magnitude;
+  vi small = magnitude < splat(0.25f);
+  vi bits = (small & (vi)near) | (~small & (vi)far);
+  return (vf)(bits | ((vi)x & (int32_t)0x80000000));
+}
+
+KV_INLINE float half_to_float(uint16_t h) {
+  uint32_t bits = static_cast<uint32_t>(h & 0x7fff) << 13;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  f *= 5.192296858534828e33f;  // 2^112 moves the exponent's bias from 15 to 127, subnormals included
+  std::memcpy(&bits, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  bits |= static_cast<uint32_t>(h & 0x8000) << 16;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+KV_INLINE float bf16_to_float(uint16_t h) {
+  uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+}  // namespace
+}  // namespace kvbudget

@@ -1,0 +1,75 @@
+// Weighted-sum micro-kernels: attention weights times rows of values, codes entering as they are stored.
+#pragma once
+
+#include "codec.h"
+
+namespace kvbudget {
+namespace {
+
+// Weights of MT queries for one group of channels. entries == 1: weight of row t at m * stride + t * step (broadcast to all
+// lanes). Otherwise the weights are repeated for the lanes of their entry: lanes at m * stride + t * (W / entries).
+struct Weights {
+  const float* data;
+  int64_t stride;
+  int64_t step;
+  int64_t group_stride;  // from one group of channels to the next
+};
+
+// acc[m * acc_stride + v * W ...] += sum over n rows of weight * vector v.
+template <class C, int MT>
+void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* group_of, int chunks, float* acc,
+                int64_t acc_stride) {
+  constexpr int V = MT == 4 || C::steps < 4 ? 2 : 4;  // vectors per register tile
+  for (int c = 0; c < chunks; ++c) {
+#pragma GCC unroll 16
+    for (int s = 0; s < C::steps; s += V) {
+      float* to = acc + (c * C::steps + s) * W;
+      const float* weights = w.data + (group_of ? group_of[c * C::steps + s] * w.group_stride : 0);
+      vf x[MT][V];
+      for (int m = 0; m < MT; ++m)
+        for (int i = 0; i < V; ++i) x[m][i] = load(to + m * acc_stride + i * W);
+      for (int t = 0; t < n; ++t) {
+        const uint8_t* row = rows[t] + c * C::chunk;
+        vf p[MT];
+#pragma GCC unroll 4
+        for (int m = 0; m < MT; ++m) {
+          if constexpr (C::entries == 1)
+            p[m] = splat(weights[m * w.stride + t * w.step]);
+          else
+            p[m] = load(weights + m * w.stride + t * W);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+          vf v = C::get(row, s + i);
+#pragma GCC unroll 4
+          for (int m = 0; m < MT; ++m) x[m][i] += p[m] * v;
+        }
+      }
+      for (int m = 0; m < MT; ++m)
+        for (int i = 0; i < V; ++i) store(to + m * acc_stride + i * W, x[m][i]);
+    }
+  }
+}
+
+// rows: one pointer per vector of rows (n of them).
+KV_INLINE void weigh(Codec codec, const uint8_t* const* rows, int n, Weights w, const int* group_of, int queries, int chunks,
+                     float* acc, int64_t acc_stride) {
+  with_codec(codec, [&](auto c) {
+    using C = decltype(c);
+    for (int m = 0; m < queries;) {
+      const int left = queries - m, tile = left % 4 == 0 ? 4 : left < 3 ? left : 3;
+      float* to = acc + m * acc_stride;
+      switch (tile) {
+        case 1: weigh_rows<C, 1>(rows, n, w, group_of, chunks, to, acc_stride); break;
+        case 2: weigh_rows<C, 2>(rows, n, w, group_of, chunks, to, acc_stride); break;
+        case 3: weigh_rows<C, 3>(rows, n, w, group_of, chunks, to, acc_stride); break;
+        default: weigh_rows<C, 4>(rows, n, w, group_of, chunks, to, acc_stride); break;
+      }
+      w.data += tile * w.stride;
+      m += tile;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvbudget

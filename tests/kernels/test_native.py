@@ -1,0 +1,200 @@
+"""The native kernels against the torch reference, over formats, shapes and masks."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvbudget.errors import KVBudgetError
+from kvbudget.kernels import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width, reference
+
+native = pytest.importorskip("kvbudget.kernels.native", reason="the native extension was not built")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BITS = [1, 2, 3, 4, 8]
+WIDTHS = [8, 16, 24, 32, 64, 80, 96, 128, 256]
+fast = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    try:
+        native.use_instruction_set(request.param)
+    except KVBudgetError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.use_instruction_set(before)
+
+
+def dense(generator: torch.Generator, lengths: list[int], width: int, dtype: torch.dtype) -> DenseOperand:
+    """Rows in shuffled order with gaps between them, as eviction leaves them, in a column wider than a row."""
+    starts, total = scattered(lengths, 1)
+    data = torch.randn(total, width + 8, generator=generator).to(dtype)[:, :width]
+    return DenseOperand(data, starts)
+
+
+def scattered(lengths: list[int], group: int) -> tuple[list[int], int]:
+    starts, at = [0] * len(lengths), 0
+    for row in reversed(range(len(lengths))):
+        starts[row] = at
+        at += -(-lengths[row] // group) + row % 2
+    return starts, at
+
+
+def meta(generator: torch.Generator, shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = torch.rand(shape, generator=generator) * 2 / 2**bits
+    scale[torch.rand(shape, generator=generator) < 0.1] = 0.0  # constant groups
+    return scale.to(dtype), (torch.randn(shape, generator=generator) - 1).to(dtype)
+
+
+def token_codes(
+    generator: torch.Generator, lengths: list[int], width: int, bits: int, group: int, dtype: torch.dtype
+) -> TokenQuantOperand:
+    starts, total = scattered(lengths, 1)
+    codes = torch.randint(0, 256, (total, packed_width(width, bits)), generator=generator).to(torch.uint8)
+    scale, zero = meta(generator, (total, width // group), bits, dtype)
+    return TokenQuantOperand(codes, scale, zero, bits, group, starts)
+
+
+def channel_codes(
+    generator: torch.Generator, lengths: list[int], width: int, bits: int, group: int, dtype: torch.dtype
+) -> ChannelQuantOperand:
+    starts, total = scattered(lengths, group)
+    codes = torch.randint(0, 256, (total, group, packed_width(width, bits)), generator=generator).to(torch.uint8)
+    scale, zero = meta(generator, (total, width), bits, dtype)
+    return ChannelQuantOperand(codes, scale, zero, bits, group, starts)
+
+
+def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
+    dtype = draw(st.sampled_from(DTYPES))
+    kind = draw(st.sampled_from(["dense", "token", "channel"]))
+    if kind == "dense":
+        return dense(generator, lengths, width, dtype)
+    bits = draw(st.sampled_from(BITS))
+    if kind == "token":
+        group = draw(st.sampled_from([g for g in (8, 16, 32, 64, 128, width) if width % g == 0]))
+        return token_codes(generator, lengths, width, bits, group, dtype)
+    return channel_codes(generator, lengths, width, bits, draw(st.sampled_from([8, 20, 32, 128])), dtype)
+
+
+def close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    """Relative to the largest expected magnitude: 1e-5, and infinities in the same places."""
+    finite = torch.isfinite(want)
+    assert torch.equal(finite, torch.isfinite(got))
+    assert torch.equal(got[~finite], want[~finite])
+    largest = max(want[finite].abs().max().item() if finite.any() else 0.0, scale)
+    assert (got[finite] - want[finite]).abs().max().item() <= 1e-5 * largest if finite.any() else True
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, object]:
+    """One random call: ragged rows, any pair of formats, any options."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sizes = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 31, 32, 33, 64, 100, 255, 256, 257, 300, 700])
+    lengths = draw(st.lists(sizes, min_size=1, max_size=4))
+    groups, steps = draw(
+        st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (8, 1), (3, 2), (4, 4), (3, 8)])
+    )
+    width, value_width = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS))
+    query = torch.randn(len(lengths), groups * steps, width, generator=generator).to(draw(st.sampled_from(DTYPES)))
+    options: dict[str, object] = {"scale": draw(st.sampled_from([1.0, 0.5])) / math.sqrt(width)}
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.sampled_from([2.0, 30.0]))
+    entry_starts, total = scattered(lengths, 1)
+    options["entry_starts"] = entry_starts
+    if draw(st.booleans()):
+        options["log_count"] = torch.rand(total, generator=generator) * 3
+    options["positions"] = torch.zeros(total, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
+    last = max(lengths) + 50
+    for row, length in enumerate(lengths):
+        kept = torch.randperm(last, generator=generator)[:length].sort().values
+        options["positions"][entry_starts[row] : entry_starts[row] + length] = kept  # type: ignore[index]
+    options["query_positions"] = (torch.arange(steps) + last).repeat(len(lengths), 1)
+    if draw(st.booleans()):
+        options["window"] = draw(st.sampled_from([1, 40, 200]))
+    if draw(st.booleans()) and min(lengths) >= steps:
+        options["causal_tail"] = steps
+    key = operand(draw, generator, lengths, width)
+    value = operand(draw, generator, lengths, value_width)
+    return {"query": query, "key": key, "value": value, "lengths": lengths, "options": options}
+
+
+@given(call=calls())
+@fast
+def test_attend_and_mass_match_the_reference(instruction_set: str, call: dict) -> None:
+    query, key, value, lengths, options = (call[k] for k in ("query", "key", "value", "lengths", "options"))
+    want = reference.attend(query, key, value, lengths, **options)
+    got = native.attend(query, key, value, lengths, **options)
+    assert got is not None
+    close(got.out, want.out)
+    close(got.lse, want.lse)
+    lse = want.lse.clone()
+    lse[:, :1] = float("inf")
+    want_mass = reference.mass(query, key, lengths, lse.nan_to_num(neginf=0.0), **options)
+    got_mass = native.mass(query, key, lengths, lse, **options)
+    assert got_mass is not None
+    for got_row, want_row in zip(got_mass, want_mass, strict=True):
+        assert got_row.shape == want_row.shape
+        close(got_row, want_row)
+
+
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("kind", ["dense", "token", "channel"])
+def test_two_threads_split_rows_exactly(kind: str, width: int) -> None:
+    """Long unequal rows, cut among threads inside a row, give what one thread gives."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3000, 1, 0, 5021]
+
+    def make() -> Operand:
+        if kind == "dense":
+            return dense(generator, lengths, width, torch.bfloat16)
+        make_codes = token_codes if kind == "token" else channel_codes
+        return make_codes(generator, lengths, width, 4, 16, torch.float16)
+
+    key, value = make(), make()
+    query = torch.randn(4, 3, width, generator=generator)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(native.attend(query, key, value, lengths, scale=width**-0.5))
+    finally:
+        torch.set_num_threads(before)
+    want = reference.attend(query, key, value, lengths, scale=width**-0.5)
+    for got in results:
+        assert got is not None
+        close(got.out, want.out)
+        close(got.lse, want.lse)
+
+
+def test_constant_groups_stay_finite() -> None:
+    """A zero scale means a constant group: its entries are the zero point, never NaN."""
+    codes = torch.zeros(4, packed_width(64, 2), dtype=torch.uint8)
+    operand = TokenQuantOperand(codes, torch.zeros(4, 2), torch.full((4, 2), 3.0), 2, 32, [0])
+    partial = native.attend(torch.randn(1, 2, 64), operand, operand, [4], scale=0.125)
+    assert partial is not None
+    torch.testing.assert_close(partial.out, torch.full((1, 2, 64), 3.0))
+
+
+def test_what_the_extension_cannot_read_is_left_to_the_reference() -> None:
+    """An operand of another class or dtype answers None, so that the dispatch falls back."""
+    query = torch.randn(1, 1, 16)
+    doubles = DenseOperand(torch.randn(3, 16, dtype=torch.float64), [0])
+
+    class Other(Operand):
+        starts = (0,)
+
+    assert native.attend(query, doubles, doubles, [3], scale=1.0) is None
+    assert native.attend(query, Other(), doubles, [3], scale=1.0) is None
+
+
+def test_mismatched_head_dim_is_refused() -> None:
+    keys = DenseOperand(torch.randn(3, 32), [0])
+    with pytest.raises(KVBudgetError, match="head_dim 16"):
+        native.attend(torch.randn(1, 1, 16), keys, keys, [3], scale=1.0)
