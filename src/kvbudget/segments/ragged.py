@@ -216,6 +216,7 @@ class RaggedTable:
 
     def _select(self, keep: Tensor) -> tuple[Tensor, list[int]]:
         assert keep.shape == (self.num_rows, self.longest), f"mask {tuple(keep.shape)} for {self.num_rows} rows"
+        assert len(set(self.lengths)) <= 1 or not bool((keep & ~self.valid(keep.device)).any()), "mask selects padding"
         row, column = keep.nonzero(as_tuple=True)
         index = torch.tensor(self.starts, device=row.device)[row] + column
         return index, keep.sum(1).tolist()
