@@ -341,7 +341,7 @@ def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "cannot be converted"), (b"no gguf file" * 99, "GGUF magic bytes"), (b"GGUF\x03\0\0\0\1", "cut short")],
+    [(b"", "cannot be read"), (b"no gguf file" * 99, "GGUF magic bytes"), (b"GGUF\x03\0\0\0\1", "cut short")],
 )
 def test_broken_gguf_files(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)

@@ -2,7 +2,7 @@
 
 from kvbudget.models.fingerprint import fingerprint
 from kvbudget.models.geometry import CacheGeometry, LayerGeometry
-from kvbudget.models.load import load
+from kvbudget.models.load import load, load_config
 from kvbudget.models.rotation import Rotation, rotation_of, rotations_of
 from kvbudget.models.support import check_supported
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_supported",
     "fingerprint",
     "load",
+    "load_config",
     "rotation_of",
     "rotations_of",
 ]

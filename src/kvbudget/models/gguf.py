@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
 from kvbudget.errors import KVBudgetError
@@ -36,7 +43,7 @@ def converted(path: Path) -> Path:
     with _one_error(path):
         metadata, _ = read_gguf_metadata(str(path))
         _check_complete(path)
-    folder = cache_folder() / f"{path.stem}-{_content_hash(path)}-{_CONVERSION}"
+    folder = _folder(path)
     if folder.is_dir():
         return folder
     print(f"kvbudget: converting {path.name} once to {folder} (about half a minute)", file=sys.stderr, flush=True)
@@ -53,6 +60,20 @@ def converted(path: Path) -> Path:
             if not folder.is_dir():  # else another process finished the same conversion first
                 raise
     return folder
+
+
+def config_of(path: Path) -> PreTrainedConfig:
+    """The configuration that a GGUF file's header describes; raises KVBudgetError if the file is broken."""
+    with _one_error(path):
+        read_gguf_metadata(str(path))
+        folder = _folder(path)  # reads in a moment what the header's long lists of tokens take seconds for
+        if folder.is_dir():
+            return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _folder(path: Path) -> Path:
+    return cache_folder() / f"{path.stem}-{_content_hash(path)}-{_CONVERSION}"
 
 
 def _convert(path: Path, target: Path, pre_tokenizer: str) -> None:
@@ -112,7 +133,7 @@ def _one_error(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = "its header is cut short" if isinstance(error, struct.error) else first_line(error)
-        raise KVBudgetError(f"GGUF file {path} cannot be converted: {reason}; download it again") from error
+        raise KVBudgetError(f"GGUF file {path} cannot be read: {reason}; download it again") from error
 
 
 def first_line(error: BaseException) -> str:

