@@ -65,6 +65,8 @@ def causal_grid_attend(
     Returns ``out [Hq, n, Dv]``, ``lse [Hq, n]``; soft caps and windows shorter than the chunk use the blocked reference.
     """
     n = query.shape[1]
+    if n == 0:  # torch's kernel divides by the number of queries
+        return Partial(query.new_zeros(query.shape[0], 0, value.shape[-1]), query.new_zeros(query.shape[0], 0).float())
     if softcap is None and (window is None or window >= n) and applies(query, value):
         out, lse = _flash(query[None], key[None], value[None], 0.0, True, scale=scale)
         return Partial(out[0], lse[0])
