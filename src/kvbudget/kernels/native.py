@@ -47,6 +47,11 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts)
     if type(operand) is not TokenQuantOperand and type(operand) is not ChannelQuantOperand:
         return None
+    starts = operand.starts
+    if type(operand) is ChannelQuantOperand and operand.skip is not None:
+        if any(skip % operand.group for skip in operand.skip):
+            return None
+        starts = [start + skip // operand.group for start, skip in zip(starts, operand.skip, strict=True)]
     codes, scale, zero = operand.codes, operand.scale, operand.zero
     kind = _TYPES.get(scale.dtype)
     if kind is None or zero.dtype is not scale.dtype or operand.bits not in _BITS or not codes.is_cpu:
@@ -68,7 +73,7 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         width,
         operand.bits,
         operand.group,
-        operand.starts,
+        starts,
     )
 
 
