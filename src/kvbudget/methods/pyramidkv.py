@@ -16,12 +16,10 @@ class Pyramid(LayerAllocator):
     beta: float = 20.0
 
     def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
-        layers = len(measured)
-        base = max(mean - floor, 0.0)
-        low = base / self.beta
-        high = 2 * base - low
-        step = (high - low) / max(layers - 1, 1)
-        return [floor + high - index * step if layers > 1 else 1.0 for index in range(layers)]
+        last = max(len(measured) - 1, 1)
+        low = 1 / self.beta
+        high = 2 - low
+        return [high - index * (high - low) / last for index in range(len(measured))]
 
 
 @dataclass(frozen=True)

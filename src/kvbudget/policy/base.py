@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvbudget.layer import LayerCache
     from kvbudget.policy.view import View
 
+Span = tuple[int, int]
 Role = Literal["scorer", "layers", "heads", "granularity", "destination", "codec", "trigger", "plan", "protect"]
 
 
@@ -27,17 +28,21 @@ class Part:
 class Scorer(Part, ABC):
     """Judges entries: higher means keep. ``states`` names the running per-entry state columns it keeps (float32).
 
-    ``lookback`` is how many of a forward's newest queries `observe` reads (0: none, None: all of them).
+    ``aligned`` scorers give all KV heads of a layer the same scores, computed over heads that hold the same entries; they
+    cannot go together with an allocator over heads.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def lookback(self) -> int | None:
-        return 0
+    aligned: ClassVar[bool] = False
 
     def observe(self, view: View) -> None:
         """Updates running states after the attention of a forward; `View` then covers the new entries too."""
+
+    def probe(self, view: View, spans: Sequence[Span]) -> None:
+        """Updates running states in an extra pass that a plan runs on top of the cache; its tokens are not held.
+
+        ``spans[b]`` are the positions that the pass judges (an empty range where sequence b has none any more).
+        """
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -48,15 +53,25 @@ class Scorer(Part, ABC):
 class LayerAllocator(Part, ABC):
     """Shares the cache's entries out over layers by weights; the solver makes integers of them.
 
-    ``measures`` says that `preference` looks at a layer when it has been prefilled; layers that have not been seen in
-    this sense have no weight yet (they hold nothing either), so the total is shared by those that have: a cascade.
+    Every layer holds its protected entries (sinks, recent window, marked spans), and the weights share out the others, as
+    the papers do. ``measures`` says that `preference` looks at a layer after the attention of a forward; layers that have
+    not been measured have no weight yet (they hold nothing either), so those that have share the total: a cascade.
     """
 
     measures: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward."""
 
-    def preference(self, view: View) -> Tensor | None:
-        """Measured statistic of one layer, per sequence ``[B]``; None keeps the last one."""
-        return None
+    def rank(self, scores: Sequence[Tensor], total: int) -> list[float]:
+        """Entries of one sequence that each layer may keep of ``total``, from all layers' ``scores[l] [Hkv, T_l]``.
+
+        Protected entries have the score +inf and empty cells -inf; the result is what `weights` gets as measured.
+        """
+        raise NotImplementedError
+
+    def preference(self, view: View, last: Sequence[float | None]) -> Sequence[float | None]:
+        """Statistic of one layer per sequence, given what this returned ``last`` (None: not measured yet)."""
+        return last
 
     @abstractmethod
     def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
@@ -153,7 +168,12 @@ class Trigger(Part):
 
 @dataclass(frozen=True)
 class Plan(Part):
-    """How the prompt is driven through the model by `KVCache.prefill`; executed by `kvbudget.prefill`."""
+    """How the prompt is driven through the model by `KVCache.prefill`; executed by `kvbudget.prefill`.
+
+    ``uses_question`` says that the plan looks at the ``question_ids`` of the call.
+    """
+
+    uses_question: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,13 @@ class Policy:
                 if role == "protect":
                     protect = _both(protect, part)
                 else:
-                    filled.setdefault(role, part)
+                    if role not in filled:
+                        filled[role], by[role] = part, recipe.name
+        if "heads" in filled and "scorer" in filled and filled["scorer"].aligned:
+            raise PolicyError(
+                f"{by['scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to share out; "
+                "use one of them"
+            )
         return Parts(**filled, protect=protect)
 
     def to_yaml(self, path: str | Path) -> None:

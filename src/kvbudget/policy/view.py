@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from kvbudget.policy.scoring import Reduction
 
 if TYPE_CHECKING:
     from kvbudget.layer import LayerCache
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 class Queries:
     """The model's own post-RoPE queries of one forward, with the log-sum-exp of their attention.
 
-    ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded.
+    ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded. ``own`` is the
+    part of ``lse`` that stems from the forward's own tokens (set in the extra passes of a plan, whose tokens are not held).
     """
 
     query: Tensor
@@ -25,6 +29,7 @@ class Queries:
     scale: float
     softcap: float | None = None
     valid: Tensor | None = None
+    own: Tensor | None = None
 
     def last(self, count: int | None) -> tuple[Tensor, Tensor]:
         """The newest ``count`` queries of each sequence, right-aligned: ``[B, Hq, W, D]`` and lse ``[B, Hq, W]``.
@@ -68,9 +73,13 @@ class View:
         return self.layer.seen
 
     @property
-    def new_queries(self) -> int:
-        """Query steps of this forward (0 outside of one)."""
-        return 0 if self.queries is None else self.queries.query.shape[2]
+    def new_tokens(self) -> list[int]:
+        """Tokens of this forward per sequence, padding left out (0 outside of a forward)."""
+        if self.queries is None:
+            return [0] * self.batch_size
+        if self.queries.valid is None:
+            return [self.queries.query.shape[2]] * self.batch_size
+        return self.queries.valid.sum(1).tolist()
 
     @cached_property
     def valid(self) -> Tensor:
@@ -101,20 +110,28 @@ class View:
         flat = values.flatten(0, 1)
         begin = 0
         for segment in self.layer.main:
-            if segment.shared and name in segment.meta.columns:
-                segment.meta.columns[name] = segment.meta.columns[name].clone()
             segment.meta.write_padded(name, flat[:, begin : begin + segment.longest].float())
             begin += segment.longest
 
-    def add_mass(self, name: str, last: int | None = None, decay: float = 1.0) -> None:
+    def add_mass(
+        self, name: str, last: int | None = None, decay: Sequence[float] | None = None, group: Reduction = "mean"
+    ) -> None:
         """Adds the attention that entries received from the newest ``last`` queries (None: all) to a state column.
 
-        Weights are those of the softmax over everything the layer holds, summed over queries and over the GQA group.
+        Weights are those of the softmax over everything the layer holds, summed over queries, then reduced over the GQA
+        group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1).
         """
         queries = self._asked()
         query, lse = queries.last(last)
-        for segment, mass in self.layer.masses(query, lse, queries):
-            segment.add_to_state(name, mass, decay)
+        members = query.shape[1] // self.num_kv_heads
+        rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
+        parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
+        masses = [list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in parts]
+        for found in zip(*masses, strict=True):
+            rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
+            if group == "mean":
+                rows = [row / members for row in rows]
+            found[0][0].add_to_state(name, rows, rows_decay)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.
@@ -129,6 +146,8 @@ class View:
         logits = torch.einsum("bhgwd,bhtd->bhgwt", query, self.keys.float()) * queries.scale
         if queries.softcap is not None:
             logits = queries.softcap * torch.tanh(logits / queries.softcap)
+        if all("count" in segment.meta.columns for segment in self.layer.main):
+            logits = logits + self.state("count").clamp_min(1e-30).log()[:, :, None, None, :]
         width = query.shape[3]
         seen = torch.tensor(self.seen, device=query.device)
         steps = seen[:, None] - width + torch.arange(width, device=query.device)

@@ -30,12 +30,11 @@ class Segment(ABC):
     """Entries of all rows (sequence, KV head) of one layer in one storage format.
 
     ``meta`` holds what every format has per entry: ``position`` (int32), running score states (float32) and, for merged
-    entries, ``count`` (float32). ``shared`` marks storages that another fork uses too: they are never written in place.
+    entries, ``count`` (float32).
     Queries are ``[R, M, D]`` as in `kvbudget.kernels.reference`.
     """
 
     meta: RaggedTable
-    shared: bool = False
     unit: int = 1
 
     @property
@@ -50,6 +49,16 @@ class Segment(ABC):
     @property
     def longest(self) -> int:
         return self.meta.longest
+
+    @property
+    def shared(self) -> bool:
+        """Whether a fork reads some of the same storages."""
+        return any(table.borrowed for table in self.tables())
+
+    @property
+    def open(self) -> bool:
+        """Whether new entries may join: a segment that is shared stays as it is, since appending would copy it."""
+        return not self.shared
 
     @property
     def sealed(self) -> list[int]:
@@ -95,16 +104,15 @@ class Segment(ABC):
     def seal(self) -> None:  # noqa: B027 - a format without a full-precision tail has nothing to do
         """Compresses whatever is due for it; called after the attention of a forward, never before."""
 
-    def set_limit(self, capacity: int | None) -> None:
-        """Bounds the room per row that appending may reserve ahead of need."""
+    def set_limits(self, limits: Sequence[int] | None) -> None:
+        """Bounds the entries per row for which appending may reserve room ahead of need."""
         for table in self.tables():
-            table.limit = capacity
+            table.limits = None if limits is None else list(limits)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Makes row i a copy of the former row ``rows[i]``."""
         for table in self.tables():
             table.select_rows(rows)
-        self.shared = False
 
     def gather(self, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
         """Flat full-precision keys, values and meta of the entries where ``keep [R, longest]`` is set, and counts."""
@@ -124,29 +132,19 @@ class Segment(ABC):
         """Resident bytes by what they hold (keys, values, metadata of a codec, positions, states)."""
 
     def share(self) -> "Segment":
-        """A second segment over the same storages, both marked as shared."""
+        """A second segment over the same storages; whichever of the two writes to one copies it first."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         for name, member in self.__dict__.items():
             if hasattr(member, "share"):
                 setattr(other, name, member.share())
-        self.shared = other.shared = True
         return other
 
-    def add_to_state(self, name: str, values: Sequence[Tensor], decay: float = 1.0) -> None:
-        """Running update of a state column: ``state <- decay * state + values[r]`` for each row r."""
-        if self.shared:
-            self.meta.columns[name] = self.meta.columns[name].clone()
-        if self.meta.uniform:
-            grid = self.meta.grid(name)
-            if decay != 1.0:
-                grid.mul_(decay)
-            for r, row in enumerate(values):
-                grid[r] += row
-            return
-        for r, row in enumerate(values):
-            state = self.meta.row(name, r)
-            state.mul_(decay).add_(row)
+    def add_to_state(self, name: str, values: Sequence[Tensor], decay: Sequence[float]) -> None:
+        """Running update of a state column: ``state <- decay[r] * state + values[r]`` for each row r."""
+        self.meta.own(name)
+        for r, (row, factor) in enumerate(zip(values, decay, strict=True)):
+            self.meta.row(name, r).mul_(factor).add_(row)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when tables disagree."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbudget.budget import solve
 from kvbudget.policy.base import HeadAllocator
 
 
@@ -16,6 +15,7 @@ class JointTopK(HeadAllocator):
     Each head keeps its own best ``safeguard`` share of the uniform budget for sure; the rest is the joint top-k over all
     heads. Pinning the safeguard before the joint top-k keeps the total exact, and the retained score is never below that
     of a uniform split. ``normalize`` scales a head's scores by the share of them that its uniform budget would retain.
+    Equal scores go to the head that has fewer entries so far, so that equal heads get equal budgets.
     """
 
     safeguard: float = 0.2
@@ -23,20 +23,17 @@ class JointTopK(HeadAllocator):
 
     def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
         heads, length = scores.shape
-        held = valid.sum(-1)
-        total = min(total, int(held.sum()))
+        total = min(total, int(valid.sum()))
         mean = total // heads
-        scores = scores.float().masked_fill(~valid, float("-inf"))
+        scores = scores.float().clamp_min(torch.finfo(torch.float32).min)
         if self.normalize:
             free = scores.masked_fill(protected | ~valid, 0.0)
             best = free.topk(min(mean, length), dim=-1).values.sum(-1) / free.sum(-1).clamp_min(1e-30)
             scores = scores * best[:, None]
-        scores = scores.masked_fill(protected & valid, float("inf"))
-        own = scores.argsort(dim=-1, descending=True, stable=True)[:, : int(mean * self.safeguard)]
-        pinned = torch.zeros_like(valid).scatter_(1, own, True) & valid
-        flat = scores.masked_fill(pinned, float("inf")).flatten()
-        best = flat.argsort(descending=True, stable=True)[:total]
-        counts = torch.bincount(best // length, minlength=heads)
-        if bool((counts > held).any()):
-            return solve(total, counts.tolist(), 0, held.tolist())
-        return counts.tolist()
+        scores = scores.masked_fill(protected, float("inf")).masked_fill(~valid, float("-inf"))
+        ranked = scores.sort(dim=-1, descending=True).values
+        own = ranked[:, : int(mean * self.safeguard)]
+        own[own > float("-inf")] = float("inf")
+        # By rank first: ties then go round the heads.
+        best = ranked.T.flatten().argsort(descending=True, stable=True)[:total]
+        return torch.bincount(best % heads, minlength=heads).tolist()

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import Pooling, Reduction, pool, reduce_group
+from kvbudget.policy.scoring import Pooling, Reduction, pool
 from kvbudget.policy.view import View
 
 
@@ -15,9 +16,10 @@ class WindowAttention(Scorer):
     """Votes of the last ``window`` queries, pooled over positions (SnapKV, arXiv 2404.14469, section 3).
 
     A forward of at least ``window`` queries sets the votes to ``sum over its last W rows of softmax(q k)``, reduced over
-    the GQA group and pooled, which is the paper's formula. Shorter forwards (decode steps, small chunks) keep a running
-    vote instead, ``s <- (1 - n / W) * s + votes of the n new rows``, so that the policy can act at any time without
-    storing queries.
+    the GQA group, which is the paper's formula. Shorter forwards (decode steps, small chunks) keep a running vote instead,
+    ``s <- (1 - n / W) * s + votes of the n new rows``, so that the policy can act at any time without storing queries.
+    As in the paper, the newest ``window`` entries are in the softmax but not among those that are pooled and judged: they
+    score 0 and have to be protected.
     """
 
     states: ClassVar[tuple[str, ...]] = ("votes",)
@@ -28,12 +30,10 @@ class WindowAttention(Scorer):
     reduction: Reduction = "mean"
 
     def observe(self, view: View) -> None:
-        fresh = view.new_queries
-        if fresh >= self.window and self.reduction != "sum":
-            votes = view.window_attention(self.window).sum(3)
-            view.set_state("votes", reduce_group(votes, self.reduction))
-        else:
-            view.add_mass("votes", self.window, decay=max(0.0, 1.0 - fresh / self.window))
+        decay = [max(0.0, 1.0 - new / self.window) for new in view.new_tokens]
+        view.add_mass("votes", self.window, decay, self.reduction)
 
     def score(self, view: View) -> Tensor:
-        return pool(view.state("votes"), self.kernel, self.pooling)
+        seen = torch.tensor(view.seen, device=view.positions.device)[:, None, None]
+        judged = view.positions < seen - self.window
+        return pool(view.state("votes").masked_fill(~judged, 0.0), self.kernel, self.pooling)
