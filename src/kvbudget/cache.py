@@ -206,6 +206,7 @@ class KVCache(Cache):
 
     def _end(self, big: bool) -> None:
         self.broken = None
+        self._valid = (None, None)
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:

@@ -71,7 +71,7 @@ class Enforcer:
             return
         seen = self.layers[0].seen or [0] * len(tokens)
         longest = max(s + n for s, n in zip(seen, tokens, strict=True))
-        room = self.mean_entries(longest)
+        room = self.mean_entries(longest, len(tokens))
         if self.budget.kind == "fraction" and self.max_length is None:
             raise BudgetError(
                 f"{self.text} keeps every entry, so it cannot hold {self.budget} of what it sees; "
@@ -89,9 +89,14 @@ class Enforcer:
                 f"{self.text} keeps every entry, and {longest} tokens do not fit into {self.budget}; "
                 f"give at least {remedy} or add an evicting method (streaming_llm+{self.text})"
             )
+        for layer in self.layers:
+            layer.set_capacity([int(room) * layer.num_kv_heads] * len(tokens))
 
-    def mean_entries(self, seen: int) -> float:
-        """Entries per layer and KV head that the budget buys one sequence of which ``seen`` tokens have been seen."""
+    def mean_entries(self, seen: int, batch_size: int | None = None) -> float:
+        """Entries per layer and KV head that the budget buys one sequence of which ``seen`` tokens have been seen.
+
+        Bytes are shared by ``batch_size`` sequences (None: as many as the cache holds).
+        """
         kind, amount = self.budget.kind, self.budget.amount
         if kind == "none":
             return float("inf")
@@ -100,7 +105,7 @@ class Enforcer:
         if kind == "fraction":
             return max(self.floor, int(amount * (self.max_length or seen)))
         heads = sum(layer.num_kv_heads for layer in self.layers)
-        payload = amount // max(self._batch_size(), 1) - self.overhead - heads * self.cost.fixed
+        payload = amount // (batch_size or max(self._batch_size(), 1)) - self.overhead - heads * self.cost.fixed
         each = payload / heads
         if self.parts.destination is not None:
             return max(0.0, self.parts.destination.main_entries(each, self.cost.per_entry, seen))
@@ -159,6 +164,8 @@ class Enforcer:
                 if allocator is not None and allocator.measures:
                     for earlier in self.layers[:index]:
                         self.settle(earlier, View(earlier))
+            elif finish and self.parts.trigger.after_prefill:
+                layer.set_capacity(None)
         if finish:
             layer.finish_forward()
 
@@ -182,7 +189,7 @@ class Enforcer:
         heads = layer.num_kv_heads
         held = layer.evictable()
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
-        layer.set_capacity(None if self.budget.kind == "none" else max(-(-limit // heads) for limit in limits))
+        layer.set_capacity(None if self.budget.kind == "none" else limits)
         ragged = self.parts.heads is not None
         over = [
             sum(held[b]) > limits[b] if ragged else max(held[b]) * heads > limits[b] for b in range(layer.batch_size)

@@ -72,7 +72,7 @@ class LayerCache:
         self.seen: list[int] = []
         self.apart = 0
         self.shift: list[int] | None = None
-        self.capacity: int | None = None
+        self.capacity: list[int] | None = None
         self.page = 1
         self.paged: list[int] = []
 
@@ -102,6 +102,8 @@ class LayerCache:
         """Fixes the batch size of an empty layer."""
         self.seen = [0] * batch_size
         self.paged = [0] * self.num_rows
+        if self.capacity is not None and len(self.capacity) != batch_size:
+            self.capacity = None
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Attends the call's queries to everything held and to the new tokens, which are then held too.
@@ -125,10 +127,9 @@ class LayerCache:
         batch, heads, n = key.shape[:3]
         if not self.seen:
             self.start(batch)
-        if not self.main or self.main[-1].shared:
-            segment = self.make_segment(self.num_rows)
-            segment.set_limit(self.capacity)
-            self.main.append(segment)
+        if not self.main or not self.main[-1].open:
+            self.main.append(self.make_segment(self.num_rows))
+            self._limit_room()
         if valid is None:
             counts = [n] * batch
             step = torch.arange(n, device=key.device)[None, :]
@@ -192,9 +193,11 @@ class LayerCache:
             begin += width
         if not self.apart:
             self._consolidate(spare)
+            self._limit_room()
             return
         if self.shift is None:
             self._set_apart(spare)
+        self._limit_room()
         gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
 
@@ -224,12 +227,25 @@ class LayerCache:
                 parts[name] = parts.get(name, 0) + size
         return parts
 
-    def set_capacity(self, capacity: int | None) -> None:
-        """Bounds the room per row that appending may reserve ahead of need."""
-        self.capacity = capacity
-        if self.main:
-            self.main[-1].set_limit(capacity)
-            for table in self.main[-1].tables():
+    def set_capacity(self, capacity: list[int] | None) -> None:
+        """Bounds the entries of each sequence, over all heads, for which appending may reserve room ahead of need."""
+        if capacity != self.capacity:
+            self.capacity = capacity
+            self._limit_room()
+
+    def _limit_room(self) -> None:
+        if not self.main:
+            return
+        last = self.main[-1]
+        if self.capacity is None:
+            last.set_limits(None)
+            return
+        # All heads of a sequence grow alike, so each may have the same share of what is left.
+        heads = self.num_kv_heads
+        left = [(c - sum(held)) // heads for c, held in zip(self.capacity, self.evictable(), strict=True)]
+        last.set_limits([length + max(0, left[r // heads]) for r, length in enumerate(last.lengths)])
+        if min(left) >= 0:  # else an eviction is about to give the room back
+            for table in last.tables():
                 table.trim()
 
     def can_truncate(self, tokens: int) -> bool:
@@ -240,7 +256,7 @@ class LayerCache:
             return False
         last = self.main[-1]
         newest = last.positions()[:, -1:] if last.meta.uniform else None
-        if newest is None or last.shared or last.longest < tokens or self.window is not None:
+        if newest is None or last.longest < tokens or self.window is not None:
             return False
         tail = last.positions()[:, -tokens:]
         expected = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads)[:, None] - tokens + torch.arange(tokens)
@@ -264,6 +280,7 @@ class LayerCache:
         self.seen = [self.seen[b] for b in index]
         if self.shift is not None:
             self.shift = [self.shift[b] for b in index]
+        self.capacity = None if self.capacity is None else [self.capacity[b] for b in index]
 
     def fork(self) -> LayerCache:
         """A second layer over the same storages; whatever either of them writes from now on goes elsewhere."""
@@ -375,7 +392,6 @@ class LayerCache:
         joined.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in self.main), strict=True)])
         for segment in self.main:
             joined.append(*segment.gather(segment.meta.valid()))
-        joined.set_limit(self.capacity)
         self.main = [joined]
 
     def _main_lengths(self) -> list[int]:

@@ -61,7 +61,7 @@ class RaggedMachine(RuleBasedStateMachine):
     @initialize(target=twins, num_rows=st.integers(1, 4), limit=st.none() | st.integers(0, 40))
     def start(self, num_rows: int, limit: int | None) -> Twin:
         twin = Twin(num_rows)
-        twin.table.limit = limit
+        twin.table.limits = None if limit is None else [limit] * len(twin.rows)
         self.all.append(twin)
         return twin
 
@@ -137,7 +137,7 @@ class RaggedMachine(RuleBasedStateMachine):
 
     @rule(twin=twins, limit=st.none() | st.integers(0, 40))
     def trim(self, twin: Twin, limit: int | None) -> None:
-        twin.table.limit = limit
+        twin.table.limits = None if limit is None else [limit] * len(twin.rows)
         before = twin.table.capacities
         twin.table.trim()
         if limit is not None:
@@ -221,7 +221,7 @@ def test_growth_is_bounded_and_amortized() -> None:
 
 def test_limit_bounds_the_room() -> None:
     table = RaggedTable(2)
-    table.limit = 10
+    table.limits = [10, 10]
     for n in range(1, 11):
         table.append({"x": torch.ones(2)}, [1, 1])
         assert table.capacities == [10, 10]

@@ -37,12 +37,14 @@ class DenseSegment(Segment):
     def keys(self) -> Tensor:
         return self.meta.padded("key")
 
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        return self.meta.row("key", row)[begin:end]
+
     def values(self) -> Tensor:
         return self.meta.padded("value")
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
         self.meta.take(keep, spare)
-        self.shared = False
 
     def gather(self, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
         meta, counts = self.meta.gather(keep)

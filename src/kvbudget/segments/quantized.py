@@ -17,9 +17,9 @@ class CodecStore:
 
     def __init__(self, num_rows: int, codec: Codec) -> None:
         self.codec = codec
-        self.sealed = RaggedTable(num_rows)
+        self.sealed = RaggedTable(num_rows, step=-(-64 // codec.unit))
         self.tail = RaggedTable(num_rows)
-        self.tail.limit = codec.residual + 1
+        self.tail.limits = [codec.residual + 1] * num_rows
 
     @property
     def num_sealed(self) -> list[int]:
@@ -143,7 +143,6 @@ class QuantizedSegment(Segment):
         keep = keep.cpu()
         self.key.take(keep, spare)
         self.value.take(keep, spare)
-        self.shared = False
 
     def truncate(self, lengths: Sequence[int]) -> None:
         for store in (self.key, self.value):
@@ -153,10 +152,14 @@ class QuantizedSegment(Segment):
     def can_truncate(self, lengths: Sequence[int]) -> bool:
         return all(n >= max(k, v) for n, k, v in zip(lengths, self.key.num_sealed, self.value.num_sealed, strict=True))
 
-    def set_limit(self, capacity: int | None) -> None:
-        self.meta.limit = capacity
+    @property
+    def open(self) -> bool:
+        return True  # a second segment beside a shared one would hold full-precision tails of its own
+
+    def set_limits(self, limits: Sequence[int] | None) -> None:
+        self.meta.limits = None if limits is None else list(limits)
         for store in (self.key, self.value):
-            store.sealed.limit = None if capacity is None else -(-capacity // store.codec.unit)
+            store.sealed.limits = None if limits is None else [-(-n // store.codec.unit) for n in limits]
 
     def tables(self) -> list[RaggedTable]:
         return [self.meta, self.key.sealed, self.key.tail, self.value.sealed, self.value.tail]

@@ -14,15 +14,19 @@ class RaggedTable:
     may grow in place up to its capacity. Columns come into being with the first append. All columns share the layout, so
     one selection gathers all of them.
 
-    Appending grows by a sixteenth (at least 64 entries) at a time unless ``limit`` bounds the capacity of a row.
+    Appending grows a row by a sixteenth (at least ``step`` entries) at a time, inside the row's ``limits`` where they are
+    given; what is needed beyond them is granted exactly. Columns named in ``borrowed`` lie in storages that another table
+    reads too, and are copied before the first write.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, step: int = 64) -> None:
         self.lengths = [0] * num_rows
         self.capacities = [0] * num_rows
         self.starts = [0] * num_rows
         self.columns: dict[str, Tensor] = {}
-        self.limit: int | None = None
+        self.borrowed: set[str] = set()
+        self.limits: list[int] | None = None
+        self.step = step
 
     @property
     def num_rows(self) -> int:
@@ -51,6 +55,13 @@ class RaggedTable:
     def tensors(self) -> list[Tensor]:
         """Every resident tensor."""
         return list(self.columns.values())
+
+    def own(self, name: str) -> Tensor:
+        """A column that may be written in place: copied first where another table reads its storage."""
+        if name in self.borrowed:
+            self.columns[name] = self.columns[name].clone()
+            self.borrowed.remove(name)
+        return self.columns[name]
 
     def grid(self, name: str) -> Tensor:
         """A uniform column as a view ``[R, T, *tail]``."""
@@ -81,6 +92,7 @@ class RaggedTable:
         """Overwrites (or creates) a column from ``[R, longest, *tail]``."""
         if name not in self.columns:
             self.columns[name] = values.new_zeros((sum(self.capacities), *values.shape[2:]))
+        self.own(name)
         if self.uniform:
             if self.longest:
                 self.grid(name).copy_(values)
@@ -103,11 +115,13 @@ class RaggedTable:
             if name not in self.columns:
                 self.columns[name] = values.new_zeros((sum(self.capacities), *values.shape[1:]))
         if any(n > capacity for n, capacity in zip(needed, self.capacities, strict=True)):
-            self.reserve([max(self._room(n), capacity) for n, capacity in zip(needed, self.capacities, strict=True)])
+            self.reserve(
+                [max(self._room(r, n), c) for r, (n, c) in enumerate(zip(needed, self.capacities, strict=True))]
+            )
         even = self.uniform and len(set(counts)) == 1
         where = self._destination([] if even else counts)
-        for name, column in self.columns.items():
-            values = new.get(name)
+        for name in self.columns if any(counts) else ():
+            column, values = self.own(name), new.get(name)
             if even:
                 at = slice(self.lengths[0], needed[0])
                 target = column.view(self.num_rows, self.capacities[0], *column.shape[1:])[:, at]
@@ -136,13 +150,13 @@ class RaggedTable:
                     out[starts[r] : starts[r] + length] = self.row(name, r)
             self.columns[name] = out
         self.capacities, self.starts = list(capacities), starts
+        self.borrowed.clear()
 
     def trim(self) -> None:
-        """Gives back room beyond ``limit`` that was reserved before the limit was known."""
-        if self.limit is not None and any(
-            c > max(n, self.limit) for n, c in zip(self.lengths, self.capacities, strict=True)
-        ):
-            self.reserve([min(c, max(n, self.limit)) for n, c in zip(self.lengths, self.capacities, strict=True)])
+        """Gives back room beyond ``limits`` that was reserved before they were known."""
+        if self.limits is not None:
+            rows = zip(self.lengths, self.capacities, self.limits, strict=True)
+            self.reserve([min(capacity, max(length, limit)) for length, capacity, limit in rows])
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the entries where ``keep [R, longest]`` (bool) is set, in order, and returns the rest's memory.
@@ -167,6 +181,7 @@ class RaggedTable:
                     out[start : start + length] = part
             self.columns[name] = out
         self.lengths, self.capacities, self.starts = lengths, capacities, starts
+        self.borrowed.clear()
 
     def gather(self, keep: Tensor) -> tuple[dict[str, Tensor], list[int]]:
         """Copies of the entries where ``keep [R, longest]`` is set: flat columns in row order, and counts per row."""
@@ -179,7 +194,7 @@ class RaggedTable:
         self.lengths = list(lengths)
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences)."""
+        """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences), limits included."""
         lengths = [self.lengths[r] for r in rows]
         capacities = [self.capacities[r] for r in rows]
         for name, column in self.columns.items():
@@ -187,12 +202,16 @@ class RaggedTable:
             self.columns[name] = torch.cat(parts) if parts else column[:0]
         self.lengths, self.capacities = lengths, capacities
         self.starts = list(accumulate(capacities[:-1], initial=0))
+        self.limits = None if self.limits is None else [self.limits[r] for r in rows]
+        self.borrowed.clear()
 
     def share(self) -> "RaggedTable":
-        """A second table over the same storages; neither may write in place from now on."""
-        other = RaggedTable(self.num_rows)
+        """A second table over the same storages; spare room is given back first, since only one could use it."""
+        self.reserve(self.lengths)
+        other = RaggedTable(self.num_rows, self.step)
         other.lengths, other.capacities, other.starts = list(self.lengths), list(self.capacities), list(self.starts)
-        other.columns, other.limit = dict(self.columns), self.limit
+        other.columns, other.limits = dict(self.columns), None if self.limits is None else list(self.limits)
+        self.borrowed, other.borrowed = set(self.columns), set(self.columns)
         return other
 
     def check_integrity(self) -> None:
@@ -201,10 +220,12 @@ class RaggedTable:
         assert all(0 <= n <= c for n, c in zip(self.lengths, self.capacities, strict=True)), "row longer than its room"
         for name, column in self.columns.items():
             assert column.shape[0] == sum(self.capacities), f"column {name} has {column.shape[0]} cells"
+        assert self.borrowed <= set(self.columns), "a column that does not exist is borrowed"
+        assert self.limits is None or len(self.limits) == self.num_rows, "limits for another number of rows"
 
-    def _room(self, needed: int) -> int:
-        grown = needed + max(64, needed // 16)
-        return max(needed, min(grown, self.limit)) if self.limit is not None else grown
+    def _room(self, row: int, needed: int) -> int:
+        grown = needed + max(self.step, needed // 16)
+        return grown if self.limits is None else max(needed, min(grown, self.limits[row]))
 
     def _destination(self, counts: Sequence[int]) -> Tensor:
         begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
