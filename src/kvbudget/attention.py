@@ -57,6 +57,10 @@ class LazyMask:
         """The additive mask that transformers' eager path would get."""
         return eager_mask(**self.arguments)
 
+    def contiguous(self) -> LazyMask:
+        """Itself: generate() asks this of masks that it prepares for static caches."""
+        return self
+
     def valid(self, columns: int, new: int) -> Tensor | None:
         """Which of the ``new`` tokens after ``columns`` seen ones are not padding: bool ``[B, new]``, None for all."""
         if not self.arguments.get("allow_is_causal_skip", True):
@@ -104,8 +108,10 @@ def attention_function(
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, extra | kwargs)
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise CacheError("a KVCache is for inference: call the model under torch.inference_mode() or torch.no_grad()")
+    if dropout or (torch.is_grad_enabled() and query.requires_grad):
+        raise CacheError(
+            "a KVCache is for inference: call model.eval(), and the model under torch.inference_mode() or torch.no_grad()"
+        )
     if isinstance(attention_mask, Tensor):
         raise CacheError(
             f"a ready-made mask of shape {tuple(attention_mask.shape)} cannot be used with a KVCache; "

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbudget import attention
 from kvbudget.attention import LayerHandle, LazyMask
+from kvbudget.auto import choose
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
 from kvbudget.enforcer import Enforcer
@@ -103,6 +104,10 @@ class KVCache(Cache):
         check_supported(model)
         self.geometry = CacheGeometry.from_config(model.config)
         self.budget = Budget.parse(budget)
+        self.reason: str | None = None
+        if policy == "auto":
+            choice = choose(model, self.budget, length=max_length)
+            policy, self.reason = choice.policy, choice.reason
         self.policy = _bound(parse(policy), model)
         self.parts = _with_trigger(self.policy.parts(), when)
         self._check_recipe()
@@ -127,65 +132,72 @@ class KVCache(Cache):
         self.enforcer.check()
         self.question_visible: bool | None = None
         self.recording = False
-        self.pending = False
         self.broken: str | None = None
         self.probing: Any = None
         self.peak_bytes = 0
         self._at = {store.layer_idx: i for i, store in enumerate(stores)}
         self._first = next(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
         self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
-        self._valid: tuple[Any, Tensor | None] = (None, None)
+        self._valid: Tensor | None = None
+        self._recorded: dict[int, Queries] = {}
+        self._gaps = False
+        self._phi3 = hasattr(model.config, "original_max_position_embeddings")
+        self._rope_switch = _rope_switch(model.config)
         self.prefilled: Prefilled | None = None
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
 
     # -- what the attention function calls -----------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
         layer = self.layers[index]
         if index == self._first:
             self._begin(call, mask, position_ids)
-        call = AttentionCall(
-            call.query, call.key, call.value, call.scale, call.softcap, layer.store.window and call.window, call.sink,
-            self._valid[1],
-        )  # fmt: skip
+        call.window, call.valid = layer.store.window, self._valid
         if self.probing is not None:
-            out, lse = layer.store.probe(call)
-            self.probing(index, call, lse)
+            out, lse, own = layer.store.probe(call)
+            self.probing(index, call, lse, own)
+            if index == self._last:
+                self._valid = None
             return out
-        self.broken = f"layer {index} of {len(self.layers)}"
+        self._enter(index)
         out, lse = layer.store.forward(call)
         queries = Queries(call.query, lse, call.scale, call.softcap, call.valid)
         layer.columns += call.query.shape[2]
         big = call.query.shape[2] > self.parts.trigger.every
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        if index in self._at:
-            self._after(index, View(layer.store, queries))
-        elif not self.recording:
-            layer.store.finish_forward()
+        if self.recording:
+            self._recorded[index] = queries
+        else:
+            self._finish(index, queries)
         if index == self._last:
             self._end(big)
         return out
 
-    def _after(self, index: int, view: View) -> None:
-        self.enforcer.suspended, before = self.enforcer.suspended or self.recording, self.enforcer.suspended
-        try:
-            self.enforcer.after_attention(self._at[index], view, finish=not self.recording)
-        finally:
-            self.enforcer.suspended = before
+    def _finish(self, index: int, queries: Queries | None) -> None:
+        """What follows the attention of a layer: statistics, evictions and codecs."""
+        store = self.layers[index].store
+        if index in self._at and queries is not None:
+            self.enforcer.after_attention(self._at[index], View(store, queries))
+        else:
+            store.finish_forward()
 
-    def _begin(self, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> None:
+    def _enter(self, index: int) -> None:
+        """From here until the last layer is done, a forward that stops leaves layers that hold different texts."""
+        done = index == len(self.layers) - 1 and index != self._last
+        self.broken = None if done else f"layer {index} of {len(self.layers)}"
+
+    def _usable(self) -> None:
         if self.broken is not None:
             raise CacheError(
-                f"this cache is broken: an earlier forward stopped in {self.broken}, so its layers hold different texts; "
+                f"this cache is broken: an earlier call stopped in {self.broken}, so what it holds is incomplete; "
                 "call cache.reset() and start over, or go on from a fork made before"
             )
-        if self.pending:
-            # A recorded forward that nobody cropped: what follows is ordinary decoding.
-            self.recording = False
-            self._commit()
+
+    def _begin(self, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> None:
         columns = self.get_seq_length()
         batch, _, new, _ = call.query.shape
         store = self.layers[self._first].store
@@ -195,18 +207,25 @@ class KVCache(Cache):
                 "cache need cache.batch_repeat_interleave(n) first"
             )
         valid = None if mask is None else mask.valid(columns, new)
-        self._valid = (mask, valid)
         counts = [new] * batch if valid is None else valid.sum(1).tolist()
+        if self.parts.plan is not None and not store.seen and self.prefilled is None:
+            raise PolicyError(
+                f"{self.policy} judges the whole prompt in passes of its own, which a bare forward or generate() does not run; "
+                "call cache.prefill(model, input_ids) first, then generate() with ids that go on from there"
+            )
         if self.probing is None:
             self._check_positions(position_ids, valid, columns, store.seen or [0] * batch)
             if not store.seen:
                 self.enforcer.check(batch)
+            self._check_rope_switch(store.seen, counts)
             self.enforcer.admit(counts)
-            self.pending = self.recording
+            self._gaps = self._gaps or (valid is not None and _has_gap(valid, store.seen))
+        self._valid = valid
 
     def _end(self, big: bool) -> None:
-        self.broken = None
-        self._valid = (None, None)
+        if self._last == len(self.layers) - 1:
+            self.broken = None
+        self._valid = None
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:
@@ -233,26 +252,68 @@ class KVCache(Cache):
                     "only new tokens, or the full ids with a full attention_mask, and not the same text twice"
                 )
 
-    def _commit(self) -> None:
-        """Carries out what was put off while a speculation could still be taken back."""
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, AttentionLayer):
-                continue
-            if index in self._at and self.parts.scorer is not None and not self.enforcer.suspended:
-                self.enforcer.settle(layer.store, View(layer.store))
-            layer.store.finish_forward()
-        self.pending = False
+    def _check_rope_switch(self, seen: Sequence[int], new: Sequence[int]) -> None:
+        """Refuses to go on where longrope begins to rotate the whole text differently, cached keys included."""
+        if self._rope_switch is None or not seen:
+            return
+        before, after = max(seen), max(s + n for s, n in zip(seen, new, strict=True))
+        if 0 < before <= self._rope_switch < after:
+            raise CacheError(
+                f"{after - before} tokens after {before} lead beyond {self._rope_switch}, where this model's longrope rotates "
+                "all keys differently, so the cached ones would be wrong; feed a longer prompt in one forward (no "
+                f"prefill_chunk_size), or stay within {self._rope_switch} tokens"
+            )
+
+    def _commit(self, removed: int) -> None:
+        """Carries out what was put off while the newest tokens of a recorded forward could still be taken back."""
+        recorded, self._recorded = self._recorded, {}
+        for index, queries in recorded.items():
+            self._finish(index, queries.without_newest(removed))
         self.enforcer.filled = True
 
     # -- what transformers calls ---------------------------------------------------------------------------------------
 
+    def __bool__(self) -> bool:
+        """True, but for models of the Phi-3 family: their generate() drops a cache that is true and starts another."""
+        return not self._phi3
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """What the mask function gets to know; a model asks for it at the start of every forward."""
+        self._usable()
+        if self.pending:
+            # A recorded forward that nobody cropped: what follows is ordinary decoding.
+            self.crop(0)
+            self._record(False)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent layer's convolution state, which the model may change in place."""
+        self._enter(layer_idx)
+        if not torch.is_inference_mode_enabled():
+            _leave_inference(self.layers[layer_idx])
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Takes a recurrent layer's new convolution state."""
+        self._enter(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `crop` may still take back the last forward, which nothing has been evicted after."""
+        return bool(self._recorded)
+
     def activate_past_recording(self) -> None:
-        """Speculation begins: evictions wait until `crop` says which tokens stay."""
-        self.recording = True
+        """Speculation begins: statistics and evictions wait until `crop` says which tokens stay."""
+        self._record(True)
+
+    def _record(self, active: bool) -> None:
+        self.recording = active
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                layer.activate_past_recording()
+                layer.record_past = active
 
+    @torch.inference_mode()
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest tokens back (a negative number, as transformers passes it; 0 commits a speculation).
 
@@ -261,24 +322,39 @@ class KVCache(Cache):
         """
         if tokens_to_remove > 0:
             raise CacheError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove, such as crop(-1)")
+        self._usable()
         tokens = -tokens_to_remove
-        stores = [layer.store for layer in self.layers if isinstance(layer, AttentionLayer)]
-        stuck = [store.layer_idx for store in stores if not store.can_truncate(tokens)]
-        linear = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
-        if stuck or (tokens and linear and not self.recording):
-            where = f"layer {stuck[0]}" if stuck else "a recurrent layer"
+        obstacle = self._obstacle(tokens) if tokens else None
+        if obstacle is not None:
             raise CacheError(
-                f"the newest {tokens} tokens cannot be taken back: {where} has already evicted, merged or compressed them; "
+                f"the newest {tokens} tokens cannot be taken back: {obstacle}; "
                 "fork the cache before going ahead (cache.fork()), or give a budget that holds the whole text"
             )
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
                 layer.store.truncate(tokens)
                 layer.columns -= tokens
-            elif self.recording:
-                layer.crop(tokens_to_remove)
+            elif self.pending:
+                _shorten(layer, tokens)
+        if self.prefilled is not None:
+            self.prefilled = self.prefilled.first(self.get_seq_length())
         if self.pending:
-            self._commit()
+            self._commit(tokens)
+
+    def _obstacle(self, tokens: int) -> str | None:
+        """Why the newest ``tokens`` cannot be taken back, or None."""
+        if tokens > min(self.seen, default=0):
+            return f"only {min(self.seen, default=0)} have been seen"
+        if self._gaps:
+            return "padding follows the tokens of a sequence"
+        recorded = min((queries.query.shape[2] for queries in self._recorded.values()), default=0)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, AttentionLayer):
+                if not layer.store.can_truncate(tokens):
+                    return f"layer {index} has already evicted, merged or compressed them, or what came before"
+            elif not layer.is_croppable or tokens > recorded:
+                return f"the recurrent state of layer {index} has absorbed them"
+        return None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i goes on from the former sequence ``beam_idx[i]``."""
@@ -288,6 +364,7 @@ class KVCache(Cache):
         """Each sequence ``repeats`` times, copies side by side."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @torch.inference_mode()
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps (or repeats) the sequences ``indices``."""
         index = indices.tolist()
@@ -297,23 +374,29 @@ class KVCache(Cache):
             else:
                 layer.reorder_cache(indices)
         self.enforcer.select_sequences(index)
+        if self.prefilled is not None:
+            self.prefilled = self.prefilled.select(index)
 
     def reset(self) -> None:
         """Forgets everything; policy and budget stay."""
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, AttentionLayer):
                 store = layer.store
                 store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
                 layer.columns = 0
             else:
-                layer.reset()
+                self.layers[index] = LinearAttentionLayer()
         self.enforcer.reset()
-        self.broken, self.pending, self.recording, self.peak_bytes, self.prefilled = None, False, False, 0, None
+        self._recorded, self._gaps, self._valid = {}, False, None
+        self.broken, self.recording, self.peak_bytes, self.prefilled = None, False, 0, None
 
     # -- what the user calls -------------------------------------------------------------------------------------------
 
     def prefill(self, model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Tensor:
-        """Drives a prompt through the model as the policy plans it; see `kvbudget.prefill.prefill`."""
+        """Drives a prompt through the model as the policy plans it; returns the last token's logits ``[B, V]``.
+
+        See `kvbudget.prefill.prefill` for the options.
+        """
         from kvbudget.prefill import prefill
 
         return prefill(self, model, input_ids, **options)
@@ -321,7 +404,7 @@ class KVCache(Cache):
     def fork(self) -> KVCache:
         """A cache that goes on from the same text on its own; entries are shared until one of the two changes them."""
         if self.broken is not None:
-            raise CacheError(f"a broken cache (an earlier forward stopped in {self.broken}) cannot be forked")
+            raise CacheError(f"a broken cache (an earlier call stopped in {self.broken}) cannot be forked")
         other = copy.copy(self)
         other.layers = []
         stores = {}
@@ -333,6 +416,7 @@ class KVCache(Cache):
             else:
                 twin = copy.deepcopy(layer)
             other.layers.append(twin)
+        other._recorded = dict(self._recorded)
         other.enforcer = self.enforcer.fork([stores[store.layer_idx] for store in self.enforcer.layers])
         return other
 
@@ -373,6 +457,13 @@ class KVCache(Cache):
 
     def _check_recipe(self) -> None:
         evicts = self.parts.scorer is not None
+        window = max(layer.window or 0 for layer in self.geometry.layers)
+        small = self.budget.kind == "fraction" or (self.budget.kind == "tokens" and self.budget.amount < window)
+        if evicts and small and not self.geometry.budgeted_layers:
+            raise BudgetError(
+                f"every layer of this model is a sliding window of {window} tokens, which no policy shrinks to "
+                f"{self.budget}; give at least {window} tokens, or bytes"
+            )
         if self.budget.kind == "bytes" and self.policy.prefill_peak == "full_prompt":
             raise PolicyError(
                 f"{self.policy} must hold the whole prompt before anything can leave, so the byte budget {self.budget} "
@@ -403,6 +494,39 @@ class KVCache(Cache):
         layer.page = parts.granularity.size
         layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
         return layer
+
+
+def _has_gap(valid: Tensor, seen: Sequence[int]) -> bool:
+    """Whether padding ``valid [B, n]`` follows tokens of its sequence, of which ``seen[b]`` came earlier."""
+    begun = valid.int().cummax(1).values.bool()
+    if seen:
+        begun |= torch.tensor([s > 0 for s in seen], device=valid.device)[:, None]
+    return bool((begun & ~valid).any())
+
+
+def _leave_inference(layer: LinearAttentionLayer) -> None:
+    """Makes states that were written under inference mode writable outside of it."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        for i, state in states.items():
+            if state is not None and state.is_inference():
+                states[i] = state.clone()
+
+
+def _shorten(layer: LinearAttentionLayer, tokens: int) -> None:
+    """Takes the newest tokens out of a recorded convolution state and gives it its ordinary width again."""
+    for i, state in layer.conv_states.items():
+        if state is not None:
+            width = layer.conv_kernel_size[i]
+            state = state[..., : state.shape[-1] - tokens][..., -width:]
+            layer.conv_states[i] = torch.nn.functional.pad(state, (width - state.shape[-1], 0)).clone()
+
+
+def _rope_switch(config: PreTrainedConfig) -> int | None:
+    """The length of text beyond which longrope rotates all positions by other factors, if the model has it."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return parameters["original_max_position_embeddings"]
 
 
 def _segment_maker(parts: Parts) -> Any:

@@ -25,6 +25,8 @@ class EntryCost:
 
 def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> EntryCost:
     """Cost of an entry under a policy: payload or codes, position and states, and full-precision tails."""
+    if not geometry.budgeted_layers:
+        return EntryCost(0.0)
     shape = geometry.layers[geometry.budgeted_layers[0]]
     item = dtype.itemsize
     widths = (shape.key_head_dim, shape.value_head_dim)
@@ -50,7 +52,7 @@ def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     total = 0
     for shape in geometry.layers:
         if shape.kind == "sliding" and shape.window:
-            room = shape.window + 2 * WINDOW_OVERRUN + 64
+            room = shape.window - 1 + WINDOW_OVERRUN
             total += room * (shape.bytes_per_token(dtype.itemsize) + 4 * shape.num_kv_heads)
     return total + (state_bytes(config, dtype) if geometry.has_recurrent_state else 0)
 

@@ -27,7 +27,7 @@ class RotatesKeys(Protocol):
         """Rotates by ``delta`` positions."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
@@ -114,13 +114,14 @@ class LayerCache:
         if few:
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
-        result = self.probe(call)
+        out, lse, _ = self.probe(call)
         self.append(call.key, call.value, call.valid)
-        return result
+        return out, lse
 
-    def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """As `forward`, but leaves the new tokens out of the cache."""
-        return self._join(call, [*self._held(call, tail=0), self._inside(call)])
+    def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, but leaves the new tokens out of the cache; also returns their own part of the lse."""
+        own = self._inside(call)
+        return *self._join(call, [*self._held(call, tail=0), own]), own.lse.view(call.query.shape[:3])
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""
@@ -237,6 +238,9 @@ class LayerCache:
         if not self.main:
             return
         last = self.main[-1]
+        if self.window is not None:
+            last.set_limits([self.window - 1 + WINDOW_OVERRUN] * self.num_rows)
+            return
         if self.capacity is None:
             last.set_limits(None)
             return
@@ -249,18 +253,28 @@ class LayerCache:
                 table.trim()
 
     def can_truncate(self, tokens: int) -> bool:
-        """Whether the newest ``tokens`` of each sequence are all still held, untouched, in the last segment."""
+        """Whether the newest ``tokens`` of each sequence are all still held, untouched, in the last segment.
+
+        A sliding window must also hold what it covers once they are gone.
+        """
         if tokens == 0:
             return True
         if not self.main:
             return False
         last = self.main[-1]
-        newest = last.positions()[:, -1:] if last.meta.uniform else None
-        if newest is None or last.longest < tokens or self.window is not None:
+        rest = [length - tokens for length in last.lengths]
+        if min(rest) < 0 or not last.can_truncate(rest):
             return False
-        tail = last.positions()[:, -tokens:]
-        expected = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads)[:, None] - tokens + torch.arange(tokens)
-        return bool((tail.cpu() == expected).all()) and last.can_truncate([n - tokens for n in last.lengths])
+        for r, length in enumerate(rest):
+            seen = self.seen[r // self.num_kv_heads] - tokens
+            # Positions rise, so the newest `tokens` entries are the newest positions if the first of them is.
+            if int(last.meta.row("position", r)[length]) != seen:
+                return False
+            if self.window is not None:
+                oldest = next(segment for segment in self.main if segment.lengths[r]).meta.row("position", r)[0]
+                if int(oldest) > max(0, seen - self.window + 1):
+                    return False
+        return True
 
     def truncate(self, tokens: int) -> None:
         """Forgets the newest ``tokens`` of each sequence (see `can_truncate`)."""

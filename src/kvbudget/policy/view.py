@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,14 @@ class Queries:
         query = self.query.gather(2, index[..., None].expand(-1, -1, -1, self.query.shape[-1]))
         lse = self.lse.gather(2, index).masked_fill(~present[:, None, :], float("inf"))
         return query, lse
+
+    def without_newest(self, count: int) -> Queries | None:
+        """All but the last ``count`` query steps; None when that leaves nothing."""
+        rest = self.query.shape[2] - count
+        if rest <= 0:
+            return None
+        valid = None if self.valid is None else self.valid[:, :rest]
+        return replace(self, query=self.query[:, :, :rest], lse=self.lse[:, :, :rest], valid=valid)
 
 
 class View:
