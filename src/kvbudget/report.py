@@ -17,7 +17,8 @@ class CacheReport:
 
     ``seen[b]`` tokens of each sequence; ``kept[l][b][h]`` entries per budgeted layer, sequence and KV head; ``parts`` bytes
     by what they hold; ``full_bytes`` what an unbudgeted cache of the same text would hold in its keys and values.
-    ``question_visible`` says whether the question was part of the text when it was compressed (None: not known).
+    ``question_visible`` says whether the question was part of the text when it was compressed (None: not known); ``reason``
+    why this policy was chosen, where ``policy="auto"`` chose it.
     """
 
     policy: str
@@ -30,6 +31,7 @@ class CacheReport:
     full_bytes: int
     evictions: int
     question_visible: bool | None
+    reason: str | None = None
 
     @classmethod
     def of(cls, cache: KVCache) -> CacheReport:
@@ -55,6 +57,7 @@ class CacheReport:
             full_bytes=sum(cache.geometry.cache_bytes(seen, cache.dtype.itemsize) for seen in cache.seen),
             evictions=cache.enforcer.evictions,
             question_visible=cache.question_visible,
+            reason=cache.reason,
         )
 
     @property
@@ -75,7 +78,7 @@ class CacheReport:
         share = self.kept_entries / max(self.seen_entries, 1)
         visible = {True: "yes", False: "no", None: "not known"}[self.question_visible]
         lines = [
-            f"policy {self.policy}, budget {self.budget}",
+            f"policy {self.policy}, budget {self.budget}" + (f" (auto: {self.reason})" if self.reason else ""),
             f"seen {', '.join(map(str, self.seen)) or 0} tokens; kept {self.kept_entries} of {self.seen_entries} entries "
             f"({share:.1%}) in {self.evictions} evictions",
             f"resident {format_bytes(self.nbytes)}, peak {format_bytes(self.peak_bytes)}; "

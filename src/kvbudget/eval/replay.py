@@ -43,7 +43,7 @@ def record(model: PreTrainedModel, ids: Tensor) -> Recording:
     calls: dict[int, AttentionCall] = {}
     lse: dict[int, Tensor] = {}
 
-    def keep(index: int, call: AttentionCall, sums: Tensor) -> None:
+    def keep(index: int, call: AttentionCall, sums: Tensor, own: Tensor) -> None:
         calls[index], lse[index] = call, sums
 
     cache.probing = keep

@@ -81,6 +81,10 @@ class Segment(ABC):
     def keys(self) -> Tensor:
         """Keys in full precision, padded: ``[R, longest, D]``."""
 
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        """Keys in full precision of the entries ``begin:end`` of one row: ``[end - begin, D]``."""
+        return self.keys()[row, begin:end]
+
     @abstractmethod
     def values(self) -> Tensor:
         """Values in full precision, padded: ``[R, longest, Dv]``."""

@@ -1,0 +1,111 @@
+"""Rules that pick a policy from what is known beforehand, until measurements replace them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from kvbudget.budget import Budget
+from kvbudget.costs import entry_cost, overhead_bytes
+from kvbudget.errors import PolicyError
+from kvbudget.methods import parse, registry
+from kvbudget.models import CacheGeometry, fingerprint
+
+QUANTIZED = "kivi(bits=4)"
+"""What is tried before anything is evicted: KIVI's authors advise 4 bits for grouped-query models."""
+
+
+class Choice(NamedTuple):
+    """A policy as text, and why it was picked."""
+
+    policy: str
+    reason: str
+
+
+def choose(
+    model: PreTrainedModel,
+    budget: Budget,
+    *,
+    length: int | None = None,
+    new_tokens: int = 0,
+    question_visible: bool | None = None,
+    can_prefill: bool = False,
+) -> Choice:
+    """Picks a policy by the first rule that applies.
+
+    1. No budget, or a budget that holds all ``length + new_tokens`` tokens: the full cache.
+    2. Bytes that hold all of them at 4 bits: quantization, since nothing has to leave.
+    3. A budget too small for an observation window: sinks and recent tokens.
+    4. More tokens to be generated than there is prompt: a scorer whose votes go on while decoding.
+    5. A question that is unknown when the context is compressed: context reconstruction where a plan can run
+       (``can_prefill``) and the budget is not in bytes; else retrieval heads, where they have been calibrated and half of
+       the text fits; else votes of the newest tokens, with heads that compete.
+    6. A question that is visible, or nothing known about it: votes of the newest tokens, with heads that compete.
+
+    Args:
+        model: the model to be served, for the bytes of an entry and for its calibrations.
+        length: prompt tokens of one sequence, where known.
+        new_tokens: tokens that will be generated, where known.
+        question_visible: whether the compressed text ends with what will be asked (None: not known).
+        can_prefill: whether the caller goes through `KVCache.prefill`, which plans need.
+    """
+    if budget.kind == "none":
+        return Choice("full", "no budget, so every entry stays")
+    total = None if length is None else length + new_tokens
+    room = _entries(model, budget, "full", total)
+    if total is not None and room >= total:
+        return Choice("full", f"all {total} tokens fit into {budget}")
+    if budget.kind == "bytes" and total is not None and _entries(model, budget, QUANTIZED, total) >= total:
+        return Choice(QUANTIZED, f"all {total} tokens fit into {budget} at 4 bits, so nothing has to leave")
+    share = "" if total is None else f" and {min(1.0, room / total):.0%} of the text fits"
+    if room < 2 * _window():
+        return Choice(
+            "streaming_llm", f"{budget} holds about {int(room)} tokens, too few to observe a window of queries"
+        )
+    if length is not None and new_tokens > length:
+        return Choice("snapkv", f"most tokens are still to be generated{share}: its votes go on while decoding")
+    if question_visible is False:
+        if can_prefill and budget.kind != "bytes":
+            return Choice("kvzip", f"the question is unknown when the context is compressed{share}")
+        if total is not None and room >= total / 2 and "razor_attention" in calibrated(model):
+            return Choice(
+                "razor_attention", f"the question is unknown{share}, and this model's retrieval heads are calibrated"
+            )
+        return Choice(
+            "snapkv+adakv", f"the question is unknown{share}, and a plan cannot run here: heads compete for entries"
+        )
+    known = "the question is visible" if question_visible else "nothing is known about the question"
+    return Choice("snapkv+adakv", f"{known}{share}: the newest tokens vote, and heads compete for entries")
+
+
+def calibrated(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the methods that need a calibration and have one for this model."""
+    kinds = [kind for kind in registry().values() if "calibration" in kind.needs]
+    mark = fingerprint(model) if kinds else ""
+    found = []
+    for kind in kinds:
+        try:
+            kind().bind(mark)
+        except PolicyError:
+            continue
+        found.append(kind.name)
+    return tuple(found)
+
+
+def _window() -> int:
+    """Entries that the observation window protects."""
+    return parse("snapkv").parts().protect.recent
+
+
+def _entries(model: PreTrainedModel, budget: Budget, policy: str, total: int | None) -> float:
+    """Entries per layer and KV head of one sequence that ``policy`` can hold inside the budget."""
+    if budget.kind == "tokens":
+        return budget.amount
+    if budget.kind == "fraction":
+        return float("inf") if total is None else budget.amount * total
+    geometry = CacheGeometry.from_config(model.config)
+    cost = entry_cost(geometry, parse(policy).parts(), model.dtype)
+    rows = sum(geometry.layers[index].num_kv_heads for index in geometry.budgeted_layers)
+    payload = budget.amount - overhead_bytes(model.config, model.dtype)
+    return max(0.0, (payload / rows - cost.fixed) / cost.per_entry)
