@@ -1,0 +1,40 @@
+"""Scores from the attention that entries have received: running sums, and the newest query alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvbudget.policy.base import Scorer
+from kvbudget.policy.view import View
+
+
+@dataclass(frozen=True)
+class AccumulatedAttention(Scorer):
+    """Sum over all queries so far of the attention weight that the entry received (H2O, arXiv 2306.14048).
+
+    The mean over the GQA group is taken, so that the scores of a head sum to the queries seen while nothing is evicted.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("received",)
+
+    def observe(self, view: View) -> None:
+        view.add_mass("received")
+
+    def score(self, view: View) -> Tensor:
+        return view.state("received")
+
+
+@dataclass(frozen=True)
+class NewestAttention(Scorer):
+    """Attention weight from the newest query, mean over all query heads of the layer (TOVA, arXiv 2401.06104)."""
+
+    states: ClassVar[tuple[str, ...]] = ("newest",)
+    aligned: ClassVar[bool] = True
+
+    def observe(self, view: View) -> None:
+        view.add_mass("newest", 1, [0.0 if new else 1.0 for new in view.new_tokens])
+
+    def score(self, view: View) -> Tensor:
+        weights = view.state("newest")
+        return weights.mean(1, keepdim=True).expand_as(weights)

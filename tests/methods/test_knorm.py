@@ -1,0 +1,32 @@
+"""Knorm against brute force."""
+
+from collections.abc import Sequence
+
+import pytest
+from brute import Brute, Step, chunks, distinct_text, kept_positions, run, with_newest
+from tiny import tiny_model
+from torch import Tensor
+
+from kvbudget.cache import KVCache
+
+
+def low_norms(recent: int = 0):
+    def rule(step: Step, limit: int) -> Sequence[Tensor]:
+        first = step.seen - recent
+        return [with_newest(-head.keys.norm(dim=-1), head.positions, first, limit) for head in step.heads]
+
+    return rule
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("sizes", [[150] + [1] * 40, chunks(150, 64) + [1] * 40], ids=len)
+def test_the_lowest_key_norms_stay(name, sizes):
+    model = tiny_model(name, vocab_size=1024)
+    run(model, KVCache(model, "knorm", 24, when="every(1)"), distinct_text(190), sizes, Brute(low_norms(), 24))
+
+
+def test_recent_entries_stay():
+    model = tiny_model("llama", vocab_size=1024)
+    cache = KVCache(model, "knorm(recent=10)", 24, when="every(1)")
+    run(model, cache, distinct_text(130), [100] + [1] * 30, Brute(low_norms(10), 24))
+    assert all(row[-10:] == list(range(120, 130)) for row in kept_positions(cache, 0))

@@ -1,0 +1,79 @@
+"""SnapKV against brute force: the paper's votes after a prefill, running votes from then on."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from brute import Brute, Step, chunks, kept_positions, run, with_newest
+from tiny import random_text, tiny_model
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from kvbudget.cache import KVCache
+
+
+def votes(window: int, kernel: int, pooling: str, reduction: str):
+    """Running votes; the newest ``window`` entries are in the denominator, but neither pooled nor judged."""
+    pool = avg_pool1d if pooling == "avg" else max_pool1d
+
+    def rule(step: Step, limit: int) -> Sequence[Tensor]:
+        kept = []
+        for head, weights in zip(step.heads, step.weights, strict=True):
+            rows = weights[:, -window:].sum(1)
+            fresh = rows.mean(0) if reduction == "mean" else rows.max(0).values
+            head.memory = max(0.0, 1 - step.new / window) * head.memory + fresh
+            older = head.memory[head.positions < step.seen - window]
+            if len(older):
+                older = pool(older[None], kernel, stride=1, padding=kernel // 2)[0]
+            scores = torch.cat([older, torch.zeros(len(head.memory) - len(older))])
+            kept.append(with_newest(scores, head.positions, step.seen - window, limit))
+        return kept
+
+    return rule
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (8, 1), (4, 4)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("settings", [(16, 5, "avg", "mean"), (16, 7, "max", "max"), (32, 5, "max", "mean")])
+def test_one_pass_prefill_then_decode(heads, settings):
+    window, kernel, pooling, reduction = settings
+    model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    text = f"snapkv(window={window}, kernel={kernel}, pooling={pooling}, reduction={reduction})"
+    cache = KVCache(model, text, 48, when="every(1)")
+    run(model, cache, random_text(180), [150] + [1] * 30, Brute(votes(*settings), 48))
+    assert cache.report().kept == [[[48] * heads[1]]] * 2
+
+
+@pytest.mark.parametrize("size", [64, 7])
+def test_chunked_prefill_keeps_a_running_vote(size):
+    model = tiny_model("llama")
+    cache = KVCache(model, "snapkv(window=16)", 48, when="every(1)")
+    run(model, cache, random_text(150), chunks(130, size) + [1] * 20, Brute(votes(16, 5, "avg", "mean"), 48))
+
+
+def test_slack_evicts_ahead():
+    model = tiny_model("llama")
+    cache = KVCache(model, "snapkv(window=16)", 128)
+    run(model, cache, random_text(250), [200] + [1] * 50, Brute(votes(16, 5, "avg", "mean"), 128, every=16))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "cohere", "granite"])
+def test_votes_are_those_of_the_models_own_queries(name):
+    """Norms on queries, soft caps, interleaved rotations and odd scales: the votes equal the model's eager attention."""
+    model, ids = tiny_model(name), random_text(100)
+    cache = KVCache(model, "snapkv(window=16, kernel=1)", 200)
+    run(model, cache, ids, [100])
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attentions = model(ids, output_attentions=True).attentions
+    for layer in cache.enforcer.layers:
+        rows = attentions[layer.layer_idx][0, :, -16:].unflatten(0, (layer.num_kv_heads, -1)).mean(1).sum(1)
+        held = torch.stack([segment.meta.padded("votes") for segment in layer.main])[0]
+        torch.testing.assert_close(held, rows, atol=1e-5, rtol=1e-4)
+
+
+def test_without_decode_evictions_the_prompt_is_compressed_once():
+    model = tiny_model("llama")
+    cache = KVCache(model, "snapkv(window=16)", 48, when="after_prefill")
+    run(model, cache, random_text(120), [100] + [1] * 20)
+    assert cache.report().kept == [[[68, 68]]] * 2
+    assert all(row[-36:] == list(range(84, 120)) for row in kept_positions(cache, 0))
