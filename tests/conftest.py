@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 torch.set_num_threads(1)
+
+
+class TorchRandom:
+    """Lets hypothesis seed torch's generator before every example, so that failures replay."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+register_random(TORCH_RANDOM := TorchRandom())  # type: ignore[arg-type]  # registered weakly, so it needs a name
 
 settings.register_profile(
     "kvbudget",
