@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import KVCache
+from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.layer import AttentionCall
+
+# Rounding alone gives about this much in float32; below it a logarithm would compare noise.
+KL_FLOOR = 1e-7
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,14 @@ class Fidelity:
     tokens: int
 
     @property
+    def log_kl(self) -> float:
+        """Natural logarithm of ``kl_mean``, not below that of `KL_FLOOR`; its mean over texts compares methods best."""
+        return math.log(max(self.kl_mean, KL_FLOOR))
+
+    @property
     def perplexity_ratio(self) -> float:
         """Perplexity of the continuation relative to the full cache's."""
-        return float(torch.tensor(self.nll_rise).exp())
+        return math.exp(self.nll_rise)
 
 
 def compare_logits(full: Tensor, compressed: Tensor, targets: Tensor) -> Fidelity:
@@ -69,3 +79,28 @@ def continuation_logits(
         out = model(continuation[:, begin : min(begin + width, count)], past_key_values=fork).logits[0]
         rows.append(out.float())
     return torch.cat(rows)
+
+
+@torch.inference_mode()
+def attention_errors(model: PreTrainedModel, full: KVCache, compressed: KVCache, continuation: Tensor) -> list[float]:
+    """Relative error ``|out - out_full| / |out_full|`` of each attention layer's output over ``continuation [1, n]``.
+
+    Every layer gets the queries that it would get with the full cache, so errors do not add up over layers. A diagnostic
+    of where a policy loses; across methods it does not order quality. Both caches must stand after the same context and
+    are left as they were.
+    """
+    calls: dict[int, AttentionCall] = {}
+
+    def keep(index: int, call: AttentionCall, lse: Tensor, own: Tensor) -> None:
+        calls[index] = call
+
+    watched = full.fork()
+    watched.probing = keep
+    model(continuation, past_key_values=watched, logits_to_keep=1)
+    errors = []
+    for index, call in calls.items():
+        one, other = full.layers[index], compressed.layers[index]
+        assert isinstance(one, AttentionLayer) and isinstance(other, AttentionLayer)
+        exact, close = one.store.probe(call)[0].float(), other.store.probe(call)[0].float()
+        errors.append(float((close - exact).norm() / exact.norm()))
+    return errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
+from kvbudget.eval.fidelity import compare_logits
 
 
 @dataclass(frozen=True)
 class Probe:
     """One question about a context: ``question`` is fed, then ``answer`` is teacher-forced; both are token ids ``[n]``.
 
-    ``skip`` leaves the answer's first tokens out of the scores (a verbatim recall needs a few tokens to find its place).
+    ``question`` has at least one token. ``skip`` leaves the answer's first tokens out of the scores (a verbatim recall
+    needs a few tokens to find its place).
     """
 
     question: Tensor
@@ -60,16 +62,59 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of one probe: its scores by name, and the reading that later caches are compared with."""
+
+    scores: dict[str, float]
+    reading: Reading
+
+
+@dataclass(frozen=True)
 class Task(ABC):
-    """Makes seeded examples. ``headline`` names the score that reports lead with; higher is better."""
+    """Makes seeded examples and scores the answers to their probes.
+
+    ``headline`` names the score that reports lead with, and ``higher_is_better`` its direction; ``chance`` is what a
+    blind guess reaches. ``labeled`` tasks have answers that are right or wrong, so a model can fail them with a full
+    cache; the others measure distances from the full cache and are informative with any model.
+    """
 
     name: ClassVar[str]
     headline: ClassVar[str] = "exact"
+    higher_is_better: ClassVar[bool] = True
+    labeled: ClassVar[bool] = True
     chance: ClassVar[float] = 0.0
 
     @abstractmethod
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
         """``count`` examples, the same for the same seed."""
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: KVCache,
+        probe: Probe,
+        full: Reading | None = None,
+    ) -> Outcome:
+        """Asks one probe of a filled cache, which is left as it was; ``full`` is the full cache's reading of it."""
+        reading = read(model, cache, probe)
+        return Outcome(self.score(reading, full), reading)
+
+    def score(self, reading: Reading, full: Reading | None = None) -> dict[str, float]:
+        """`Reading.scores`, and given the full cache's reading also the distances `fidelity_scores`."""
+        return reading.scores() | fidelity_scores(reading, full)
+
+
+def fidelity_scores(reading: Reading, full: Reading | None) -> dict[str, float]:
+    """``log_kl`` (of the mean over tokens), ``kl_mean``, ``kl_p95``, ``agreement``, ``nll_rise``, ``perplexity_ratio``.
+
+    Empty without ``full``.
+    """
+    if full is None:
+        return {}
+    found = compare_logits(full.logits, reading.logits, reading.targets)
+    names = ("log_kl", "kl_mean", "kl_p95", "agreement", "nll_rise", "perplexity_ratio")
+    return {name: getattr(found, name) for name in names}
 
 
 @torch.inference_mode()
@@ -79,6 +124,31 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     Greedy decoding would produce the answer exactly if every token of it is the most likely one given those before, so
     no generation is needed.
     """
-    ids = torch.cat([probe.question, probe.answer])[None, :-1]
+    ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device)
     logits = model(ids, past_key_values=cache.fork()).logits[0, -len(probe.answer) :]
-    return Reading(logits[probe.skip :].float(), probe.answer[probe.skip :])
+    return Reading(logits[probe.skip :].float(), probe.answer[probe.skip :].to(model.device))
+
+
+def visible_form(example: Example, probe: Probe) -> tuple[Tensor, Probe]:
+    """The query-aware form of a probe: the context ``[T]`` that ends with its question, and what is left to probe.
+
+    The question's last token stays outside, because the first answer token must be predicted from the compressed cache.
+    """
+    context = torch.cat([example.context, probe.question[:-1]])
+    return context, replace(probe, question=probe.question[-1:])
+
+
+def shuffled(examples: Sequence[Example], seed: int = 0) -> list[Example]:
+    """A control: the answers are dealt out anew over all probes, so that a sound task scores at chance.
+
+    No probe keeps its own answer unless two are equal; contexts and questions stay.
+    """
+    answers = [probe.answer for example in examples for probe in example.probes]
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed)).tolist()
+    # One step along a random cycle leaves nobody in place.
+    dealt = {order[i]: answers[order[i - 1]] for i in range(len(order))}
+    place = iter(range(len(answers)))
+    return [
+        replace(example, probes=[replace(probe, answer=dealt[next(place)]) for probe in example.probes])
+        for example in examples
+    ]
