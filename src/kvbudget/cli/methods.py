@@ -79,7 +79,10 @@ def examples(kind: type[Recipe]) -> list[str]:
         policy = f"{policy}({changed.name}={changed.default!r})"
     partner = "kivi(bits=4)" if "codec" not in roles else "snapkv"
     both = f"{policy}+{partner}" if partner != "snapkv" else f"snapkv+{policy}"
-    lines.append(f'cache = kvbudget.KVCache(model, policy="{both}", budget="16MiB")')
+    amount = "25%" if kind.prefill_peak == "full_prompt" else "16MiB"
+    lines.append(f'cache = kvbudget.KVCache(model, policy="{both}", budget="{amount}")')
+    if "plan" in kind.needs:
+        lines.append("cache.prefill(model, input_ids, tokenizer=tokenizer)")
     return lines
 
 
