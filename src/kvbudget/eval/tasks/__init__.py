@@ -22,6 +22,7 @@ def registry() -> dict[str, type[Task]]:
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+    importlib.import_module("kvbudget.eval.external")
     return {kind.name: kind for kind in sorted(_subclasses(Task), key=lambda kind: kind.name)}
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
+from kvbudget.eval.generation import generate
 from kvbudget.eval.tasks.base import Example, Outcome, Probe, Reading, Task
-from kvbudget.eval.tasks.generation import generate
 from kvbudget.eval.texts import beginning, data_file, encode, encode_pair, read_rows
 
 
