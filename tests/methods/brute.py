@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
@@ -150,3 +151,23 @@ def with_newest(scores: Tensor, positions: Tensor, first: int, count: int) -> Te
 def distinct_text(length: int, seed: int = 0) -> Tensor:
     """Ids ``[1, length]`` below 1024, each used once: equal tokens would have equal key norms in the first layer."""
     return torch.randperm(1023, generator=torch.Generator().manual_seed(seed))[None, :length] + 1
+
+
+def running_votes(window: int, kernel: int = 5, pooling: str = "avg", reduction: str = "mean") -> Rule:
+    """SnapKV's rule with running votes; the newest ``window`` entries are in the denominator, but neither pooled nor judged."""
+    pool = avg_pool1d if pooling == "avg" else max_pool1d
+
+    def rule(step: Step, limit: int) -> Sequence[Tensor]:
+        kept = []
+        for head, weights in zip(step.heads, step.weights, strict=True):
+            rows = weights[:, -window:].sum(1)
+            fresh = rows.mean(0) if reduction == "mean" else rows.max(0).values
+            head.memory = max(0.0, 1 - step.new / window) * head.memory + fresh
+            older = head.memory[head.positions < step.seen - window]
+            if len(older):
+                older = pool(older[None], kernel, stride=1, padding=kernel // 2)[0]
+            scores = torch.cat([older, torch.zeros(len(head.memory) - len(older))])
+            kept.append(with_newest(scores, head.positions, step.seen - window, limit))
+        return kept
+
+    return rule

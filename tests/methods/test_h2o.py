@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from brute import Brute, Step, best, chunks, kept_positions, run
-from tiny import random_text, tiny_model
 from torch import Tensor
 
 from kvbudget.cache import KVCache
@@ -13,6 +12,7 @@ from kvbudget.errors import PolicyError
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.scorers.received import AccumulatedAttention
 from kvbudget.policy.view import Queries, View
+from tiny import random_text, tiny_model
 
 
 def heavy_hitters(recent_share: float = 0.5):

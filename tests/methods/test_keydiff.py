@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from brute import Brute, Step, chunks, run, with_newest
-from tiny import random_text, tiny_model
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from tiny import random_text, tiny_model
 
 
 def dissimilar_keys(recent: int):

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 from brute import Brute, Step, chunks, distinct_text, kept_positions, run, with_newest
-from tiny import tiny_model
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from tiny import tiny_model
 
 
 def low_norms(recent: int = 0):

@@ -1,35 +1,11 @@
 """SnapKV against brute force: the paper's votes after a prefill, running votes from then on."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from brute import Brute, Step, chunks, kept_positions, run, with_newest
-from tiny import random_text, tiny_model
-from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
+from brute import Brute, chunks, kept_positions, run, running_votes
 
 from kvbudget.cache import KVCache
-
-
-def votes(window: int, kernel: int, pooling: str, reduction: str):
-    """Running votes; the newest ``window`` entries are in the denominator, but neither pooled nor judged."""
-    pool = avg_pool1d if pooling == "avg" else max_pool1d
-
-    def rule(step: Step, limit: int) -> Sequence[Tensor]:
-        kept = []
-        for head, weights in zip(step.heads, step.weights, strict=True):
-            rows = weights[:, -window:].sum(1)
-            fresh = rows.mean(0) if reduction == "mean" else rows.max(0).values
-            head.memory = max(0.0, 1 - step.new / window) * head.memory + fresh
-            older = head.memory[head.positions < step.seen - window]
-            if len(older):
-                older = pool(older[None], kernel, stride=1, padding=kernel // 2)[0]
-            scores = torch.cat([older, torch.zeros(len(head.memory) - len(older))])
-            kept.append(with_newest(scores, head.positions, step.seen - window, limit))
-        return kept
-
-    return rule
+from tiny import random_text, tiny_model
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (8, 1), (4, 4)], ids=lambda h: f"{h[0]}q{h[1]}kv")
@@ -39,7 +15,7 @@ def test_one_pass_prefill_then_decode(heads, settings):
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
     text = f"snapkv(window={window}, kernel={kernel}, pooling={pooling}, reduction={reduction})"
     cache = KVCache(model, text, 48, when="every(1)")
-    run(model, cache, random_text(180), [150] + [1] * 30, Brute(votes(*settings), 48))
+    run(model, cache, random_text(180), [150] + [1] * 30, Brute(running_votes(*settings), 48))
     assert cache.report().kept == [[[48] * heads[1]]] * 2
 
 
@@ -47,13 +23,13 @@ def test_one_pass_prefill_then_decode(heads, settings):
 def test_chunked_prefill_keeps_a_running_vote(size):
     model = tiny_model("llama")
     cache = KVCache(model, "snapkv(window=16)", 48, when="every(1)")
-    run(model, cache, random_text(150), chunks(130, size) + [1] * 20, Brute(votes(16, 5, "avg", "mean"), 48))
+    run(model, cache, random_text(150), chunks(130, size) + [1] * 20, Brute(running_votes(16), 48))
 
 
 def test_slack_evicts_ahead():
     model = tiny_model("llama")
     cache = KVCache(model, "snapkv(window=16)", 128)
-    run(model, cache, random_text(250), [200] + [1] * 50, Brute(votes(16, 5, "avg", "mean"), 128, every=16))
+    run(model, cache, random_text(250), [200] + [1] * 50, Brute(running_votes(16), 128, every=16))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "cohere", "granite"])

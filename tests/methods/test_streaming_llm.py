@@ -3,10 +3,10 @@
 import pytest
 import torch
 from brute import Brute, chunks, kept_positions, run
-from tiny import random_text, tiny_model
 from transformers import DynamicCache
 
 from kvbudget.cache import KVCache
+from tiny import random_text, tiny_model
 
 
 def sinks_and_newest(step, limit):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from brute import Brute, Step, best, chunks, kept_positions, run
-from tiny import random_text, tiny_model
 from torch import Tensor
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
+from tiny import random_text, tiny_model
 
 
 def least_attended_leaves(step: Step, limit: int) -> Sequence[Tensor]:
