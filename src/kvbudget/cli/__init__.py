@@ -1,4 +1,4 @@
-"""The command line: kvbudget run | plan | methods | info | calibrate."""
+"""The command line: kvbudget run | plan | methods | bench | report | calibrate | info."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 import kvbudget
+from kvbudget.cli.bench import bench, report
 from kvbudget.cli.info import info
 from kvbudget.cli.methods import methods
 from kvbudget.cli.plan import plan
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(methods)
+app.command()(bench)
+app.command()(report)
 app.command()(info)
 
 

@@ -1,0 +1,110 @@
+"""kvbudget bench and report: measure policies on a model, and look at the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvbudget.cli.shell import notice, print_json, stderr
+from kvbudget.errors import KVBudgetError
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")
+    ] = "smollm2-135m",
+    policy: Annotated[
+        str, typer.Option("--policy", "-p", help="Policies, separated by commas.")
+    ] = "snapkv,knorm,streaming_llm",
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets, separated by commas.")] = "50%,25%,10%",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Tasks, separated by commas; needle@visible shows the question.")
+    ] = "fidelity,needle",
+    matrix: Annotated[Path | None, typer.Option(help="A YAML file with all of these instead.")] = None,
+    results: Annotated[Path, typer.Option("--results", "-o", help="JSON lines, one per finished cell.")] = Path(
+        "results/bench.jsonl"
+    ),
+    length: Annotated[int | None, typer.Option(help="Tokens per context, for tasks that name none.")] = None,
+    count: Annotated[int, typer.Option(help="Contexts per cell (16 or more tell methods apart).")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    text: Annotated[str | None, typer.Option(help="A file or folder of texts for contexts.")] = None,
+    workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget[ray]).")] = "in-process",
+    report: Annotated[bool, typer.Option(help="Write the report beside the results.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+) -> None:
+    """Measure policies x budgets x tasks on one model; the full cache runs first, as the yardstick.
+
+    Stop it at any time: the same command goes on where it stopped. A cell that fails is recorded with its error.
+
+    [dim]$[/dim] kvbudget bench --policy snapkv,knorm,"kivi(bits=4)" --budget 50%,25%,10% --task fidelity,needle
+
+    [dim]$[/dim] kvbudget bench --matrix matrix.yaml --results results/mine.jsonl
+    """
+    from kvbudget.eval.matrix import Matrix
+    from kvbudget.eval.results import ResultsFile
+    from kvbudget.eval.runner import Bench
+
+    cells = (
+        Matrix.from_yaml(matrix)
+        if matrix is not None
+        else Matrix(model, _split(policy), _split(budget), _split(task), length, count, seed, dtype, text)
+    )
+    if workers not in ("in-process", "ray"):
+        raise KVBudgetError(f"--workers {workers} is not known; give in-process or ray")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bars:
+        bar = bars.add_task("starting", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bars.update(bar, completed=done, total=total, description=what[:60])
+
+        if workers == "ray":
+            from kvbudget.eval.workers import run_on_ray
+
+            lines = run_on_ray(cells, ResultsFile(results), show)
+        else:
+            lines = Bench(cells, ResultsFile(results), show).run()
+    failed = [line for line in lines if line["error"]]
+    for line in failed:
+        notice(f"failed: {line['task']} {line['policy']} {line['budget']}: {line['error']}")
+    if json:
+        print_json(lines)
+    if report:
+        _write(results, results.with_suffix(""))
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="What kvbudget bench wrote.")],
+    folder: Annotated[Path | None, typer.Option("--folder", "-o", help="Where to write; beside the results.")] = None,
+) -> None:
+    """Write one HTML page without network needs, PNG figures and a Markdown leaderboard from bench results.
+
+    [dim]$[/dim] kvbudget report results/bench.jsonl
+    """
+    _write(results, folder or results.with_suffix(""))
+
+
+def _write(results: Path, folder: Path) -> None:
+    from kvbudget.eval.page import write_report
+
+    notice(f"report: {write_report(results, folder)}")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Splits at commas outside of parentheses.
+
+    >>> _split("kivi(bits=4, group=32),snapkv")
+    ('kivi(bits=4, group=32)', 'snapkv')
+    """
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return tuple(part.strip() for part in parts if part.strip())

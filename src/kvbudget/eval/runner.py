@@ -1,0 +1,210 @@
+"""The runner: fills the cells of a matrix, one recorded prefill per context for all policies, resumable after a kill."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvbudget.cache import KVCache
+from kvbudget.errors import CacheError, KVBudgetError
+from kvbudget.eval import tasks
+from kvbudget.eval.matrix import Cell, Matrix
+from kvbudget.eval.replay import Recording, record, replay
+from kvbudget.eval.results import ResultsFile
+from kvbudget.eval.stats import bootstrap
+from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, visible_form
+from kvbudget.models import load
+
+Progress = Callable[[int, int, str], None]
+# A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
+INFORMATIVE = 0.5
+DECODE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs the missing cells of a matrix into a results file.
+
+    ``progress(done, total, what)`` is called after every example; ``only`` restricts the run to some cell keys (workers).
+    """
+
+    matrix: Matrix
+    results: ResultsFile
+    progress: Progress | None = None
+    only: frozenset[str] | None = None
+
+    def run(self) -> list[dict[str, Any]]:
+        """Returns the results of the matrix's cells; a failed cell is recorded with its error and does not stop the rest."""
+        groups = [[c for c in group if self.only is None or c.key in self.only] for group in self.matrix.groups()]
+        finished = {line["key"] for line in self.results.cells() if not line["error"]}
+        missing = [[c for c in group if c.key not in finished] for group in groups]
+        if any(missing):
+            model, tokenizer = load(self.matrix.model, dtype=self.matrix.dtype)
+            self.fill(model, tokenizer, [group for group in missing if group])
+            self.results.drop_journal()
+        keys = {cell.key for group in groups for cell in group}
+        return [line for line in self.results.cells() if line["key"] in keys]
+
+    def fill(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: list[list[Cell]]) -> None:
+        """Runs groups of cells that share their contexts."""
+        done, total = 0, sum(len(group) * group[0].count for group in groups)
+        known = self.results.examples()
+        for group in groups:
+            task = tasks.parse(group[0].task)
+            lines: dict[str, list[dict[str, Any]]] = {cell.key: [] for cell in group}
+            errors: dict[str, str] = {}
+            for number, example in enumerate(task.examples(tokenizer, group[0].count, group[0].seed)):
+                runs = _Runs(model, tokenizer, task, example, visible=group[0].visible)
+                for cell in group:
+                    line = known.get((cell.key, number))
+                    if line is None and cell.key not in errors:
+                        try:
+                            line = {"key": cell.key, "example": number, **runs.run(cell)}
+                            self.results.add_example(line)
+                        except (KVBudgetError, RuntimeError, AssertionError, IndexError) as error:
+                            errors[cell.key] = f"{type(error).__name__}: {error}"
+                    if line is not None:
+                        lines[cell.key].append(line)
+                    done += 1
+                    if self.progress is not None:
+                        self.progress(done, total, f"{task.name}: {cell.policy} {cell.budget}")
+            for cell in group:
+                self.results.add_cell(_summary(cell, task, lines[cell.key], errors.get(cell.key)))
+
+
+class _Runs:
+    """One example through many policies: each of its contexts is recorded once and replayed into every cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        example: Example,
+        *,
+        visible: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.example, self.visible = model, tokenizer, task, example, visible
+        self.contexts = list(self._contexts())
+        self.recordings: dict[int, tuple[Recording | None, float]] = {}
+        self.full: dict[tuple[int, int], Reading] = {}
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Scores, costs and kept entries ``[layer][head]`` of one cell at this example, averaged over probes."""
+        scores: list[dict[str, float]] = []
+        costs: list[dict[str, float]] = []
+        kept: list[list[int]] = []
+        for index, (context, probes) in enumerate(self.contexts):
+            cache, costing = self._fill(cell, index, context)
+            cache.question_visible = self.visible
+            report = cache.report()
+            kept = [layer[0] for layer in report.kept]
+            costing |= {
+                "nbytes": report.nbytes,
+                "peak_bytes": report.peak_bytes,
+                "full_bytes": report.full_bytes,
+                "kept_share": report.kept_entries / max(report.seen_entries, 1),
+                "decode_tokens_per_second": self._decode_speed(cache, context),
+            }
+            costs.append(costing)
+            for number, probe in enumerate(probes):
+                full = self._full(index, number, probe)
+                scores.append(self.task.ask(self.model, self.tokenizer, cache, probe, full).scores)
+        return {"scores": _mean(scores), "costs": _mean(costs), "info": dict(self.example.info), "kept": kept}
+
+    def _contexts(self) -> Iterator[tuple[Tensor, list[Probe]]]:
+        if not self.visible:
+            yield self.example.context, list(self.example.probes)
+            return
+        for probe in self.example.probes:
+            context, rest = visible_form(self.example, probe)
+            yield context, [rest]
+
+    def _fill(self, cell: Cell, index: int, context: Tensor) -> tuple[KVCache, dict[str, float]]:
+        budget = None if cell.budget == "full" else cell.budget
+        cache = KVCache(self.model, cell.policy, budget, max_length=context.numel())
+        recording, prefill = self._recording(index, context)
+        begin = time.perf_counter()
+        if recording is None or cache.parts.plan is not None:
+            cache.prefill(self.model, context[None], tokenizer=self.tokenizer)
+            spent = time.perf_counter() - begin
+            return cache, {"prefill_seconds": prefill or spent, "compression_seconds": max(0.0, spent - prefill)}
+        replay(recording, cache)
+        return cache, {"prefill_seconds": prefill, "compression_seconds": time.perf_counter() - begin}
+
+    def _recording(self, index: int, context: Tensor) -> tuple[Recording | None, float]:
+        if index not in self.recordings:
+            begin = time.perf_counter()
+            try:
+                recording = record(self.model, context[None])
+                self.recordings[index] = (recording, time.perf_counter() - begin)
+            except CacheError:
+                self.recordings[index] = (None, 0.0)
+        return self.recordings[index]
+
+    def _full(self, index: int, number: int, probe: Probe) -> Reading:
+        """The full cache's reading of a probe, which distances are measured from."""
+        if (index, number) not in self.full:
+            context = self.contexts[index][0]
+            recording, _ = self._recording(index, context)
+            cache = KVCache(self.model, "full")
+            if recording is None:
+                cache.prefill(self.model, context[None])
+            else:
+                replay(recording, cache)
+            self.full[index, number] = self.task.ask(self.model, self.tokenizer, cache, probe).reading
+        return self.full[index, number]
+
+    def _decode_speed(self, cache: KVCache, context: Tensor) -> float:
+        fork = cache.fork()
+        times = []
+        with torch.inference_mode():
+            for _ in range(DECODE_STEPS):
+                begin = time.perf_counter()
+                self.model(context[None, -1:], past_key_values=fork)
+                times.append(time.perf_counter() - begin)
+        return 1.0 / sorted(times)[len(times) // 2]
+
+
+def informative(full: dict[str, Any]) -> bool:
+    """Whether the full cache's result leaves room to see a loss; tasks that measure distances from it always do."""
+    if not full["labeled"]:
+        return True
+    if not full["scores"]:
+        return False
+    mean = full["scores"][full["headline"]]["mean"]
+    return (mean - full["chance"]) / (1.0 - full["chance"]) >= INFORMATIVE
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _summary(cell: Cell, task: Task, lines: list[dict[str, Any]], error: str | None) -> dict[str, Any]:
+    means = {}
+    for name in lines[0]["scores"] if lines else ():
+        interval = bootstrap([line["scores"][name] for line in lines], seed=cell.seed)
+        means[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return {
+        "key": cell.key,
+        **asdict(cell),
+        "headline": task.headline,
+        "higher_is_better": task.higher_is_better,
+        "labeled": task.labeled,
+        "chance": task.chance,
+        "scores": means,
+        "costs": _mean([line["costs"] for line in lines]) if lines else {},
+        "examples": [{"scores": line["scores"], "info": line["info"]} for line in lines],
+        "kept": lines[0]["kept"] if lines else [],
+        "error": error,
+        "versions": {name: version(name) for name in ("kvbudget", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }

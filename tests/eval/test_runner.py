@@ -1,0 +1,142 @@
+"""The evaluation runner: cells, resumption after a kill, failures, determinism and the report."""
+
+import json
+
+import pytest
+import torch
+
+from kvbudget.errors import KVBudgetError
+from kvbudget.eval import runner
+from kvbudget.eval.matrix import Matrix
+from kvbudget.eval.results import ResultsFile
+from kvbudget.eval.runner import Bench, informative
+from test_cli import tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer and a text that it can read."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    draw = torch.randint(6, VOCAB_SIZE, (4000,), generator=torch.Generator().manual_seed(5))
+    (path / "text.txt").write_text(" ".join(f"w{i}" for i in draw.tolist()))
+    return path
+
+
+def matrix(folder, **changes) -> Matrix:
+    values = {
+        "model": str(folder),
+        "policies": ("snapkv(window=8)", "random", "kivi(bits=8)"),
+        "budgets": ("50%", "25%"),
+        "tasks": ("fidelity(tokens=16)",),
+        "length": 96,
+        "count": 3,
+        "text": str(folder / "text.txt"),
+    }
+    return Matrix(**{**values, **changes})
+
+
+def scores(lines):
+    return {(c["policy"], c["budget"]): c["scores"] for c in lines}
+
+
+def test_cells_have_scores_costs_and_the_full_cache_as_yardstick(folder, tmp_path):
+    lines = Bench(matrix(folder), ResultsFile(tmp_path / "r.jsonl")).run()
+    assert [(c["policy"], c["budget"]) for c in lines] == [
+        ("full", "full"),
+        ("snapkv(window=8)", "50%"),
+        ("snapkv(window=8)", "25%"),
+        ("random", "50%"),
+        ("random", "25%"),
+        ("kivi(bits=8)", "full"),
+    ]
+    found = scores(lines)
+    assert found["full", "full"]["kl_mean"]["mean"] <= 1e-6
+    assert found["full", "full"]["agreement"]["mean"] == 1.0
+    assert found["random", "25%"]["kl_mean"]["mean"] > 1e-3
+    for line in lines:
+        assert line["error"] is None
+        assert len(line["examples"]) == 3
+        assert line["costs"]["decode_tokens_per_second"] > 0
+    full, half = lines[0]["costs"], lines[1]["costs"]
+    assert half["nbytes"] < 0.6 * full["nbytes"]
+    assert not (tmp_path / "r.jsonl.journal").exists()
+
+
+def test_a_killed_run_goes_on_without_redoing_or_losing_anything(folder, tmp_path, monkeypatch):
+    whole = Bench(matrix(folder), ResultsFile(tmp_path / "whole.jsonl")).run()
+    results = ResultsFile(tmp_path / "r.jsonl")
+    ran = []
+
+    def kill_after(limit):
+        def progress(done, total, what):
+            ran.append(what)
+            if len(ran) == limit:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        Bench(matrix(folder), results, kill_after(8)).run()
+    with results.journal.open("a") as journal:
+        journal.write('{"key": "cut o')
+    before = len(results.examples())
+    assert before == 8
+    computed = []
+    original = runner._Runs.run
+    monkeypatch.setattr(runner._Runs, "run", lambda self, cell: computed.append(cell) or original(self, cell))
+    lines = Bench(matrix(folder), results).run()
+    assert len(computed) == 6 * 3 - before
+    assert scores(lines) == scores(whole)
+
+
+def test_a_finished_run_computes_nothing_and_more_budgets_only_add(folder, tmp_path, monkeypatch):
+    results = ResultsFile(tmp_path / "r.jsonl")
+    Bench(matrix(folder, budgets=("50%",)), results).run()
+    computed = []
+    original = runner._Runs.run
+    monkeypatch.setattr(runner._Runs, "run", lambda self, cell: computed.append(cell) or original(self, cell))
+    Bench(matrix(folder, budgets=("50%",)), results).run()
+    assert computed == []
+    Bench(matrix(folder), results).run()
+    assert {cell.budget for cell in computed} == {"25%"}
+
+
+def test_a_failed_cell_is_recorded_and_the_rest_goes_on(folder, tmp_path):
+    lines = Bench(matrix(folder, budgets=("2 tokens", "50%")), ResultsFile(tmp_path / "r.jsonl")).run()
+    by = {(c["policy"], c["budget"]): c["error"] for c in lines}
+    assert "BudgetError" in by["snapkv(window=8)", "2 tokens"]
+    assert by["snapkv(window=8)", "50%"] is None
+
+
+def test_unknown_names_are_refused_before_any_work(folder, tmp_path):
+    with pytest.raises(KVBudgetError, match="unknown task 'fidelty'"):
+        Bench(matrix(folder, tasks=("fidelty",)), ResultsFile(tmp_path / "r.jsonl")).run()
+    with pytest.raises(KVBudgetError, match="no field 'polices'"):
+        Matrix.from_mapping({"polices": ["snapkv"]})
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_yaml_gives_the_same_cells(folder, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("policies: [snapkv, knorm]\nbudgets: [50%]\ntasks: [needle@visible]\ncount: 2\n")
+    cells = [cell for group in Matrix.from_yaml(path).groups() for cell in group]
+    assert [c.policy for c in cells] == ["full", "snapkv", "knorm"]
+    assert all(c.visible for c in cells)
+
+
+def test_tasks_that_the_full_cache_cannot_do_are_not_informative():
+    line = {"labeled": True, "headline": "exact", "chance": 0.0, "scores": {"exact": {"mean": 0.2}}}
+    assert not informative(line)
+    assert informative({**line, "scores": {"exact": {"mean": 0.9}}})
+    assert informative({**line, "labeled": False})
+
+
+def test_lines_on_disk_are_whole_json(folder, tmp_path):
+    results = ResultsFile(tmp_path / "r.jsonl")
+    Bench(matrix(folder, policies=("knorm",), budgets=("50%",)), results).run()
+    lines = [json.loads(line) for line in results.path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert {"key", "policy", "budget", "task", "scores", "costs", "versions"} <= set(lines[0])
