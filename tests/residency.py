@@ -2,26 +2,23 @@
 
 import gc
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from kvbudget.errors import UnsupportedModel
+from kvbudget.models import rotations_of
 
 # What an object refers to without owning: its class, its module, shared code.
-_FOREIGN = (
-    type,
-    types.ModuleType,
-    types.CodeType,
-    types.BuiltinFunctionType,
-    types.FrameType,
-    torch.dtype,
-    torch.device,
-)
+_FOREIGN = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, torch.dtype, torch.device)
 
 
 def resident_tensors(root: object) -> list[torch.Tensor]:
     """Every tensor that can be reached from ``root`` through attributes, containers, closures and bound methods.
 
-    Modules of a model end the walk with an error: a cache that holds on to the model would keep its weights alive.
+    A module on the way is an error: a cache that holds on to the model would keep its weights alive.
     """
     found: list[torch.Tensor] = []
     seen: set[int] = set()
@@ -40,11 +37,25 @@ def resident_tensors(root: object) -> list[torch.Tensor]:
             waiting += item.__defaults__ or ()
         else:
             waiting += gc.get_referents(item)
-            # Instances without a dictionary of their own in the collector's eyes (inline values) still have attributes.
             waiting += list(getattr(item, "__dict__", {}).values())
     return found
 
 
-def resident_bytes(root: object) -> int:
-    """Bytes of the storages of `resident_tensors`, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in resident_tensors(root)}.values())
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each storage behind the tensors, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.untyped_storage()}
+
+
+def resident_bytes(root: object, besides: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of the storages of `resident_tensors`, each counted once; those of ``besides`` are left out."""
+    left_out = storages(besides)
+    return sum(size for address, size in storages(resident_tensors(root)).items() if address not in left_out)
+
+
+def model_tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What belongs to the model and lives with it: weights, buffers and the frequencies of its rotary embedding."""
+    try:
+        rotations = [rotation.inv_freq for rotation in rotations_of(model) if rotation is not None]
+    except UnsupportedModel:
+        rotations = []
+    return [*model.parameters(), *model.buffers(), *rotations]
