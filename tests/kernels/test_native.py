@@ -9,8 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvbudget import kernels
 from kvbudget.errors import KVBudgetError
-from kvbudget.kernels import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width, reference
+from kvbudget.kernels import (
+    ChannelQuantOperand,
+    DenseOperand,
+    GatheredOperand,
+    Operand,
+    TokenQuantOperand,
+    packed_width,
+    reference,
+)
 
 native = pytest.importorskip("kvbudget.kernels.native", reason="the native extension was not built")
 
@@ -64,13 +73,25 @@ def token_codes(
 def channel_codes(
     generator: torch.Generator, lengths: list[int], width: int, bits: int, group: int, dtype: torch.dtype
 ) -> ChannelQuantOperand:
-    starts, total = scattered(lengths, group)
+    skip = torch.randint(0, 2 * group, (len(lengths),), generator=generator).tolist()
+    starts, total = scattered([length + s for length, s in zip(lengths, skip, strict=True)], group)
     codes = torch.randint(0, 256, (total, group, packed_width(width, bits)), generator=generator).to(torch.uint8)
     scale, zero = meta(generator, (total, width), bits, dtype)
-    return ChannelQuantOperand(codes, scale, zero, bits, group, starts)
+    return ChannelQuantOperand(codes, scale, zero, bits, group, starts, skip)
 
 
 def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
+    """Any format; sometimes a selection out of longer rows."""
+    if draw(st.integers(0, 3)) == 0:
+        longer = [2 * length + 3 for length in lengths]
+        base = plain_operand(draw, generator, longer, width)
+        chosen = [torch.randperm(n, generator=generator)[:k] for n, k in zip(longer, lengths, strict=True)]
+        starts = [sum(lengths[:row]) for row in range(len(lengths))]
+        return GatheredOperand(base, torch.cat(chosen), starts)
+    return plain_operand(draw, generator, lengths, width)
+
+
+def plain_operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
     dtype = draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(["dense", "token", "channel"]))
     if kind == "dense":
@@ -133,14 +154,18 @@ def test_attend_and_mass_match_the_reference(instruction_set: str, call: dict) -
     assert got is not None
     close(got.out, want.out)
     close(got.lse, want.lse)
+    again, logits = kernels.attend_keeping_logits(query, key, value, lengths, **options)
+    close(again.out, want.out)
     lse = want.lse.clone()
     lse[:, :1] = float("inf")
     want_mass = reference.mass(query, key, lengths, lse.nan_to_num(neginf=0.0), **options)
     got_mass = native.mass(query, key, lengths, lse, **options)
     assert got_mass is not None
-    for got_row, want_row in zip(got_mass, want_mass, strict=True):
+    from_logits = native.mass_of_logits(logits, lengths, lse)
+    for got_row, logits_row, want_row in zip(got_mass, from_logits, want_mass, strict=True):
         assert got_row.shape == want_row.shape
         close(got_row, want_row)
+        close(logits_row, want_row)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128])
@@ -171,6 +196,26 @@ def test_two_threads_split_rows_exactly(kind: str, width: int) -> None:
         assert got is not None
         close(got.out, want.out)
         close(got.lse, want.lse)
+
+
+def test_kept_logits_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and mass without the extension are those with it."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [40, 0, 7]
+    key = dense(generator, lengths, 32, torch.float32)
+    query = torch.randn(3, 6, 32, generator=generator)
+    options = {
+        "scale": 0.2, "window": 30, "causal_tail": 0, "entry_starts": [0, 40, 40], "positions": torch.arange(47) % 40,
+        "query_positions": torch.tensor([[41, 42]] * 3), "log_count": torch.rand(47, generator=generator),
+    }  # fmt: skip
+    partial, logits = kernels.attend_keeping_logits(query, key, key, lengths, **options)
+    sums = kernels.mass_of_logits(logits, lengths, partial.lse)
+    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("reference", "test"))
+    want, want_logits = kernels.attend_keeping_logits(query, key, key, lengths, **options)
+    close(partial.out, want.out)
+    close(logits, want_logits)
+    for got_row, want_row in zip(sums[::2], kernels.mass_of_logits(want_logits, lengths, want.lse)[::2], strict=True):
+        close(got_row, want_row)
 
 
 def test_constant_groups_stay_finite() -> None:

@@ -10,10 +10,12 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, nearest
 from kvbudget.kernels import reference
+from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
     DenseOperand,
@@ -31,13 +33,16 @@ __all__ = [
     "Backend",
     "ChannelQuantOperand",
     "DenseOperand",
+    "GatheredOperand",
     "Operand",
     "Partial",
     "TokenQuantOperand",
     "attend",
+    "attend_keeping_logits",
     "backend",
     "causal_attend",
     "mass",
+    "mass_of_logits",
     "merge",
     "pack",
     "packed_width",
@@ -86,6 +91,56 @@ def attend(query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], 
         if partial is not None:
             return partial
     return reference.attend(query, key, value, lengths, **options)
+
+
+def _options_of_row(
+    row: int,
+    length: int,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    **same: Any,
+) -> dict[str, Any]:
+    """A call's options as `reference.row_logits` takes them for one row."""
+    if entry_starts is not None:
+        at = slice(entry_starts[row], entry_starts[row] + length)
+        log_count = None if log_count is None else log_count[at]
+        positions = None if positions is None else positions[at]
+    steps = None if query_positions is None else query_positions[row]
+    return {"query_positions": steps, "log_count": log_count, "positions": positions, **same}
+
+
+def attend_keeping_logits(
+    query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], **options: Any
+) -> tuple[Partial, Tensor]:
+    """`attend`, and the logits ``[M * sum(lengths)]`` float32 (row after row ``[M, length]``) for `mass_of_logits`."""
+    logits = torch.empty(query.shape[1] * sum(lengths), device=query.device)
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        partial = native.attend(query, key, value, lengths, logits=logits, **options)
+        if partial is not None:
+            return partial, logits
+    at = 0
+    for row, length in enumerate(lengths):
+        rows = reference.row_logits(
+            query[row], key, row, 0, length, length, **_options_of_row(row, length, **options)
+        )  # fmt: skip
+        logits[at : at + rows.numel()] = rows.flatten()
+        at += rows.numel()
+    return reference.attend(query, key, value, lengths, **options), logits
+
+
+def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[Tensor]:
+    """`mass` from kept logits against the merged ``lse [R, M]``: no second pass over the keys."""
+    if backend().name == "native" and logits.is_cpu:
+        from kvbudget.kernels import native
+
+        return native.mass_of_logits(logits, lengths, lse)
+    rows = logits.split([lse.shape[1] * length for length in lengths])
+    lse = lse.nan_to_num(neginf=0.0)  # a query that sees nothing has logits of -inf only: it adds nothing
+    return [torch.exp(row.view(lse.shape[1], -1) - lse[r][:, None]).sum(0) for r, row in enumerate(rows)]
 
 
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor]:

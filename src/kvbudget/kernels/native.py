@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import _native
+from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
     DenseOperand,
@@ -36,6 +37,11 @@ def use_instruction_set(name: str) -> None:
 
 def _describe(operand: Operand) -> tuple[Any, ...] | None:
     """The operand as the extension reads it; None where only the reference kernels can."""
+    if type(operand) is GatheredOperand:
+        base, index = _describe(operand.base), operand.index
+        if base is None or base[11] or index.dtype is not torch.int64 or not index.is_contiguous():
+            return None
+        return (*base[:11], index.data_ptr(), operand.starts)
     if type(operand) is DenseOperand:
         data = operand.data
         kind = _TYPES.get(data.dtype)
@@ -44,14 +50,10 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         if data.stride(1) != 1:
             return None
         stride = data.stride(0) * data.element_size()
-        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts)
+        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts, (), 0, ())
     if type(operand) is not TokenQuantOperand and type(operand) is not ChannelQuantOperand:
         return None
-    starts = operand.starts
-    if type(operand) is ChannelQuantOperand and operand.skip is not None:
-        if any(skip % operand.group for skip in operand.skip):
-            return None
-        starts = [start + skip // operand.group for start, skip in zip(starts, operand.skip, strict=True)]
+    skip = (operand.skip or ()) if isinstance(operand, ChannelQuantOperand) else ()
     codes, scale, zero = operand.codes, operand.scale, operand.zero
     kind = _TYPES.get(scale.dtype)
     if kind is None or zero.dtype is not scale.dtype or operand.bits not in _BITS or not codes.is_cpu:
@@ -73,7 +75,10 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         width,
         operand.bits,
         operand.group,
-        starts,
+        operand.starts,
+        skip,
+        0,
+        (),
     )
 
 
@@ -144,8 +149,12 @@ def attend(
     causal_tail: int = 0,
     window: int | None = None,
     block: int = 0,
+    logits: Tensor | None = None,
 ) -> Partial | None:
-    """`reference.attend` by the extension; None where it cannot serve the operands (other devices and formats)."""
+    """`reference.attend` by the extension; None where it cannot serve the operands (other devices and formats).
+
+    ``logits [M * sum(lengths)]`` float32, where given, is filled row after row with ``[M, length]`` for `mass_of_logits`.
+    """
     key_view, value_view = _describe(key), _describe(value)
     call = _call(
         query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
@@ -157,7 +166,8 @@ def attend(
         raise KVBudgetError(f"queries have head_dim {width}, but keys have {key_view[6]}; pass matching operands")
     out = torch.empty(rows, queries, value_view[6])
     lse = torch.empty(rows, queries)
-    _native.attend(key_view, value_view, call[0], torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), 0)
+    kept = 0 if logits is None else logits.data_ptr()
+    _native.attend(key_view, value_view, call[0], torch.get_num_threads(), out.data_ptr(), lse.data_ptr(), kept)
     return Partial(out, lse)
 
 
@@ -191,4 +201,13 @@ def mass(
     lse = lse.float().contiguous()
     sums = torch.empty(sum(lengths))
     _native.mass(key_view, call[0], torch.get_num_threads(), lse.data_ptr(), sums.data_ptr())
+    return list(sums.split(list(lengths)))
+
+
+def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[Tensor]:
+    """`reference.mass` from the logits that `attend` has kept: no second pass over the keys."""
+    lse = lse.float().contiguous()
+    sums = torch.empty(sum(lengths))
+    threads = torch.get_num_threads()
+    _native.mass_of_logits(lengths, lse.shape[1], threads, logits.data_ptr(), lse.data_ptr(), sums.data_ptr())
     return list(sums.split(list(lengths)))

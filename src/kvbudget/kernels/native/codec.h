@@ -14,12 +14,14 @@ namespace {
 template <int Steps>
 struct F32 {
   static constexpr int steps = Steps, chunk = 32 * Steps, entries = 1;
+  static constexpr bool codes = false;
   KV_INLINE vf get(const uint8_t* p, int s) { return load_bytes(p + 32 * s); }
 };
 
 template <int Steps>
 struct BF16 {
   static constexpr int steps = Steps, chunk = 16 * Steps, entries = 1;
+  static constexpr bool codes = false;
   KV_INLINE vf get(const uint8_t* p, int s) {
     vu x = load_words(p + 32 * (s / 2));
     return s % 2 ? as_float(x & 0xffff0000u) : as_float(x << 16);
@@ -30,6 +32,7 @@ struct BF16 {
 template <int Bits, int Entries>
 struct Codes {
   static constexpr int steps = 32 / Bits, chunk = 32, entries = Entries;
+  static constexpr bool codes = true;
   KV_INLINE vf get(const uint8_t* p, int s) {
     const int shift = 8 * (s % 4) + Bits * (s / 4);
     vu x = load_words(p);
@@ -39,7 +42,7 @@ struct Codes {
 
 enum class Codec : int {
   f32, f32_wide, bf16, bf16_wide,
-  c8, c4, c4_2, c2, c2_2, c1, c1_2, c1_4,
+  c8, c4, c4_2, c2, c2_2, c1_2, c1_4,
   expand,  // no direct form: small tiles are expanded to float32 first
 };
 
@@ -56,7 +59,6 @@ KV_INLINE void with_codec(Codec codec, Body&& body) {
     case Codec::c4_2: return body(Codes<4, 2>{});
     case Codec::c2: return body(Codes<2, 1>{});
     case Codec::c2_2: return body(Codes<2, 2>{});
-    case Codec::c1: return body(Codes<1, 1>{});
     case Codec::c1_2: return body(Codes<1, 2>{});
     case Codec::c1_4: return body(Codes<1, 4>{});
   }
@@ -73,14 +75,14 @@ KV_INLINE Codec choose(const Operand& x) {
   }
   const int bytes = packed_bytes(x.width, x.bits);
   const int entries = bytes % 32 == 0 ? 1 : bytes == 16 ? 2 : bytes == 8 ? 4 : 0;
-  if (!entries || x.stride != bytes || (entries > 1 && x.index)) return Codec::expand;
+  if (!entries || x.stride != bytes || (x.index && (entries > 1 || x.kind == Kind::channel))) return Codec::expand;
   // A vector's lanes span 32 / entries consecutive channels, which must share a scale (and not straddle two slabs).
   if (x.kind == Kind::token && x.group % (32 / entries)) return Codec::expand;
   switch (x.bits) {
     case 8: return entries == 1 ? Codec::c8 : Codec::expand;
     case 4: return entries == 1 ? Codec::c4 : entries == 2 ? Codec::c4_2 : Codec::expand;
     case 2: return entries == 1 ? Codec::c2 : entries == 2 ? Codec::c2_2 : Codec::expand;
-    case 1: return entries == 1 ? Codec::c1 : entries == 2 ? Codec::c1_2 : Codec::c1_4;
+    case 1: return entries == 2 ? Codec::c1_2 : entries == 4 ? Codec::c1_4 : Codec::expand;
     default: return Codec::expand;
   }
 }
@@ -137,18 +139,46 @@ KV_INLINE float element(const uint8_t* p, Type type, int64_t i) {
 
 // Converts n consecutive elements to float32.
 KV_INLINE void to_float(const uint8_t* p, Type type, int64_t first, int n, float* out) {
+  int i = 0;
   if (type == Type::f32) {
     std::memcpy(out, p + 4 * first, sizeof(float) * n);
-  } else if (type == Type::bf16) {
-    const u16_memory* in = reinterpret_cast<const u16_memory*>(p) + first;
-    for (int i = 0; i < n; ++i) out[i] = bf16_to_float(in[i]);
-  } else {
-    const u16_memory* in = reinterpret_cast<const u16_memory*>(p) + first;
-    for (int i = 0; i < n; ++i) out[i] = half_to_float(in[i]);
+    return;
   }
+  p += 2 * first;
+  if (type == Type::bf16)
+    for (; i + W <= n; i += W) store(out + i, load_bf16(p + 2 * i));
+  else
+    for (; i + W <= n; i += W) store(out + i, load_half(p + 2 * i));
+  for (; i < n; ++i) out[i] = element(p, type, i);
 }
 
-KV_INLINE int type_bytes(Type type) { return type == Type::f32 ? 4 : 2; }
+// One value per channel into the order of a row's vectors (codes with a direct form).
+KV_INLINE void permute(const Order& o, const float* in, float* out) {
+  for (int v = 0; v < o.vectors; v += 4, out += 4 * W) {
+    const float* from = in + o.channel(v, 0);
+    if (o.entries == 1) {
+      const vf a = load(from), b = load(from + 8), c = load(from + 16), d = load(from + 24);
+      const vf ab_even = KV_SHUFFLE(a, b, 0, 4, 8, 12, 2, 6, 10, 14), ab_odd = KV_SHUFFLE(a, b, 1, 5, 9, 13, 3, 7, 11, 15);
+      const vf cd_even = KV_SHUFFLE(c, d, 0, 4, 8, 12, 2, 6, 10, 14), cd_odd = KV_SHUFFLE(c, d, 1, 5, 9, 13, 3, 7, 11, 15);
+      store(out, KV_SHUFFLE(ab_even, cd_even, 0, 1, 2, 3, 8, 9, 10, 11));
+      store(out + W, KV_SHUFFLE(ab_odd, cd_odd, 0, 1, 2, 3, 8, 9, 10, 11));
+      store(out + 2 * W, KV_SHUFFLE(ab_even, cd_even, 4, 5, 6, 7, 12, 13, 14, 15));
+      store(out + 3 * W, KV_SHUFFLE(ab_odd, cd_odd, 4, 5, 6, 7, 12, 13, 14, 15));
+    } else if (o.entries == 2) {
+      const vf a = load(from), b = load(from + 8);
+      store(out, KV_SHUFFLE(a, b, 0, 4, 8, 12, 0, 4, 8, 12));
+      store(out + W, KV_SHUFFLE(a, b, 1, 5, 9, 13, 1, 5, 9, 13));
+      store(out + 2 * W, KV_SHUFFLE(a, b, 2, 6, 10, 14, 2, 6, 10, 14));
+      store(out + 3 * W, KV_SHUFFLE(a, b, 3, 7, 11, 15, 3, 7, 11, 15));
+    } else {
+      const vf a = load(from);
+      store(out, KV_SHUFFLE(a, a, 0, 4, 0, 4, 0, 4, 0, 4));
+      store(out + W, KV_SHUFFLE(a, a, 1, 5, 1, 5, 1, 5, 1, 5));
+      store(out + 2 * W, KV_SHUFFLE(a, a, 2, 6, 2, 6, 2, 6, 2, 6));
+      store(out + 3 * W, KV_SHUFFLE(a, a, 3, 7, 3, 7, 3, 7, 3, 7));
+    }
+  }
+}
 
 // Codes of one packed row as float32.
 KV_INLINE void unpack_row(const uint8_t* row, int width, int bits, float* out) {
@@ -181,6 +211,7 @@ KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out) {
       for (int i = 0; i < x.group; ++i) out[j * x.group + i] = out[j * x.group + i] * s + z;
     }
   } else {
+    if (x.skip) t += x.skip[row];
     unpack_row(x.data + (start * x.group + t) * x.stride, x.width, x.bits, out);
     const int64_t at = (start + t / x.group) * x.width;
     for (int i = 0; i < x.width; ++i) out[i] = out[i] * element(x.scale, x.type, at + i) + element(x.zero, x.type, at + i);

@@ -14,7 +14,7 @@ struct LaneScales {
   const int* group_of;
 };
 
-// out[m * out_stride + t] for a tile of R vectors-of-rows (R * C::entries rows) and MT queries.
+// Accumulators of R vectors-of-rows (R * C::entries rows) and MT queries.
 template <class C, int MT, int R, bool Scaled>
 KV_INLINE void dot_tile(const uint8_t* const* rows, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
                         int64_t first, vf (&acc)[MT][R]) {
@@ -23,24 +23,24 @@ KV_INLINE void dot_tile(const uint8_t* const* rows, const float* q, int64_t q_st
   for (int c = 0; c < chunks; ++c) {
 #pragma GCC unroll 32
     for (int s = 0; s < C::steps; ++s) {
-      vf k[R];
-      const float* at = q + (c * C::steps + s) * W;
+      vf x[MT];
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) {
+        x[m] = load(q + m * q_stride + (c * C::steps + s) * W);
+        if constexpr (MT == 4 && !C::codes) pin(x[m]);
+      }
 #pragma GCC unroll 4
       for (int e = 0; e < R; ++e) {
-        k[e] = C::get(rows[e] + c * C::chunk, s);
+        vf k = C::get(rows[e] + c * C::chunk, s);
         if constexpr (Scaled) {
           const float* group = scales.data + scales.group_of[c * C::steps + s] * scales.stride;
           if constexpr (C::entries == 1)
-            k[e] *= splat(group[first + e]);
+            k *= splat(group[first + e]);
           else
-            k[e] *= load(group + (first + e * C::entries) * (W / C::entries));
+            k *= load(group + (first + e * C::entries) * (W / C::entries));
         }
-      }
 #pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) {
-        vf x = load(at + m * q_stride);
-#pragma GCC unroll 4
-        for (int e = 0; e < R; ++e) acc[m][e] += x * k[e];
+        for (int m = 0; m < MT; ++m) acc[m][e] += x[m] * k;
       }
     }
   }
@@ -71,30 +71,42 @@ KV_INLINE void store_sums(float* p, vf a, vf b, vf c, vf d) {
 template <class C, int MT, bool Scaled>
 void dot_rows(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
               int64_t first, float* out, int64_t out_stride) {
-  constexpr int R = 4;
-  for (int t = 0; t < n; t += R * C::entries) {
-    vf acc[MT][R];
-    dot_tile<C, MT, R, Scaled>(rows + t / C::entries, q, q_stride, chunks, scales, first + t, acc);
-    for (int m = 0; m < MT; ++m) store_sums<C::entries>(out + m * out_stride + t, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+  constexpr int R = MT == 4 ? 2 : 4;  // MT * R accumulators, MT queries and one key fit in sixteen registers
+  for (int t = 0; t < n; t += 4 * C::entries) {
+    vf acc[4 / R][MT][R];
+    for (int half = 0; half < 4 / R; ++half)
+      dot_tile<C, MT, R, Scaled>(rows + t / C::entries + half * R, q, q_stride, chunks, scales, first + t + half * R * C::entries, acc[half]);
+    for (int m = 0; m < MT; ++m)
+      store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][4 % R + (R == 2 ? 0 : 2)],
+                             acc[4 / R - 1][m][R - 1]);
   }
 }
 
-// How many of the remaining queries the next register tile takes (1 to 4).
-KV_INLINE int next_tile(int remaining) { return remaining % 4 == 0 ? 4 : remaining < 3 ? remaining : 3; }
+// The largest register tile: sixteen vector registers of eight lanes hold four queries, of four lanes only two.
+#if !defined(KV_QUERY_TILE)
+#define KV_QUERY_TILE 4
+#endif
+
+// How many of the remaining queries the next register tile takes.
+KV_INLINE int next_tile(int remaining) {
+  if (KV_QUERY_TILE < 4) return remaining < KV_QUERY_TILE ? remaining : KV_QUERY_TILE;
+  return remaining % 4 == 0 ? 4 : remaining < 3 ? remaining : 3;
+}
 
 template <class C, bool Scaled>
 void dot_queries(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
                  const LaneScales& scales, int64_t first, float* out, int64_t out_stride) {
   for (int m = 0; m < queries;) {
-    const int tile = next_tile(queries - m);
+    int tile = next_tile(queries - m);
+    if (Scaled && tile == 3) tile = 2;
     const float* at = q + m * q_stride;
     float* to = out + m * out_stride;
-    switch (tile) {
-      case 1: dot_rows<C, 1, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
-      case 2: dot_rows<C, 2, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
-      case 3: dot_rows<C, 3, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
-      default: dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride); break;
-    }
+    if (tile == 1) dot_rows<C, 1, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+    if (tile == 2) dot_rows<C, 2, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+    if constexpr (KV_QUERY_TILE == 4 && !Scaled)
+      if (tile == 3) dot_rows<C, 3, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+    if constexpr (KV_QUERY_TILE == 4)
+      if (tile == 4) dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
     m += tile;
   }
 }
@@ -104,7 +116,7 @@ KV_INLINE void dot(Codec codec, const uint8_t* const* rows, int n, const float* 
                    const LaneScales* scales, int64_t first, float* out, int64_t out_stride) {
   with_codec(codec, [&](auto c) {
     using C = decltype(c);
-    if constexpr (C::steps > 4 || C::chunk == 32) {
+    if constexpr (C::codes) {
       if (scales) return dot_queries<C, true>(rows, n, q, q_stride, queries, chunks, *scales, first, out, out_stride);
     }
     dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, LaneScales{}, first, out, out_stride);

@@ -176,4 +176,16 @@ void mass(const Kernels& kernels, const Job& job, int threads, const float* lse,
   });
 }
 
+void mass_of_logits(const Kernels& kernels, int rows, int queries, const int64_t* lengths, int threads, const float* logits,
+                    const float* lse, float* sums) {
+  std::vector<int64_t> offsets(rows + 1);
+  for (int r = 0; r < rows; ++r) offsets[r + 1] = offsets[r] + lengths[r];
+  threads = offsets[rows] * queries < 16384 ? 1 : std::max(1, std::min(threads, rows));
+  in_parallel(threads, [&](int t) {
+    for (int r = rows * t / threads; r < rows * (t + 1) / threads; ++r)
+      kernels.mass_of_logits(queries, lengths[r], logits + offsets[r] * queries, lse + static_cast<size_t>(r) * queries,
+                             sums + offsets[r]);
+  });
+}
+
 }  // namespace kvbudget

@@ -13,5 +13,8 @@ const Kernels* named_kernels(const char* name);
 void attend(const Kernels&, const Job&, int threads, float* out, float* lse, float* logits);
 // sums: row after row [length], against lse [rows, M].
 void mass(const Kernels&, const Job&, int threads, const float* lse, float* sums);
+// The same from the logits that attend has kept.
+void mass_of_logits(const Kernels&, int rows, int queries, const int64_t* lengths, int threads, const float* logits,
+                    const float* lse, float* sums);
 
 }  // namespace kvbudget

@@ -24,6 +24,7 @@ struct Operand {
   int bits;
   int group;           // channels per group (token) or entries per group (channel)
   const int64_t* starts;
+  const int64_t* skip;   // per-channel codes: entries of a row's first group that are passed over; null: none
   const int64_t* index;  // gathered subsets: entry t of a row is index[index_starts[row] + t]; null otherwise
   const int64_t* index_starts;
 };
@@ -48,7 +49,8 @@ struct Job {
   int64_t window;  // 0: none
 };
 
-// The kernels of one instruction set. Ranges are in-row entries; scratch holds scratch_bytes(job) bytes, 64-byte aligned.
+// The kernels of one instruction set. Ranges are in-row entries; logits (or null) [M, length] are
+// kept for mass_of_logits; scratch holds scratch_bytes(job) bytes, 64-byte aligned.
 struct Kernels {
   const char* name;
   size_t (*scratch_bytes)(const Job&);
@@ -56,6 +58,8 @@ struct Kernels {
   void (*attend)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, float* out, float* lse, float* logits);
   // sums[t - begin] = sum over m of exp(logit[m, t] - lse[m]).
   void (*mass)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums);
+  // The same from logits [M, length] that attend has kept.
+  void (*mass_of_logits)(int queries, int64_t length, const float* logits, const float* lse, float* sums);
 };
 
 const Kernels& generic_kernels();

@@ -21,8 +21,13 @@ const kvbudget::Kernels* kernels = kvbudget::best_kernels();
 
 const uint8_t* address(const nb::handle& h) { return reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(h)); }
 
-// (kind, type, data, stride, scale, zero, width, bits, group, starts); `lists` keeps the integers alive.
-Operand operand(const nb::tuple& t, Integers& starts) {
+// The integers of an operand, which must outlive the call.
+struct Lists {
+  Integers starts, skip, index_starts;
+};
+
+// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts)
+Operand operand(const nb::tuple& t, Lists& lists) {
   Operand x{};
   x.kind = static_cast<kvbudget::Kind>(nb::cast<int>(t[0]));
   x.type = static_cast<kvbudget::Type>(nb::cast<int>(t[1]));
@@ -33,8 +38,13 @@ Operand operand(const nb::tuple& t, Integers& starts) {
   x.width = nb::cast<int>(t[6]);
   x.bits = nb::cast<int>(t[7]);
   x.group = nb::cast<int>(t[8]);
-  starts = nb::cast<Integers>(t[9]);
-  x.starts = starts.data();
+  lists.starts = nb::cast<Integers>(t[9]);
+  lists.skip = nb::cast<Integers>(t[10]);
+  x.index = reinterpret_cast<const int64_t*>(address(t[11]));
+  lists.index_starts = nb::cast<Integers>(t[12]);
+  x.starts = lists.starts.data();
+  x.skip = lists.skip.empty() ? nullptr : lists.skip.data();
+  x.index_starts = lists.index_starts.data();
   return x;
 }
 
@@ -42,11 +52,12 @@ Operand operand(const nb::tuple& t, Integers& starts) {
 //  causal_tail, window)
 struct Call {
   Job job{};
-  Integers lengths, entry_starts, key_starts, value_starts;
+  Integers lengths, entry_starts;
+  Lists key_lists, value_lists;
 
   Call(const nb::tuple& key, const nb::tuple* value, const nb::tuple& t) {
-    job.key = operand(key, key_starts);
-    if (value) job.value = operand(*value, value_starts);
+    job.key = operand(key, key_lists);
+    if (value) job.value = operand(*value, value_lists);
     job.query = address(t[0]);
     job.query_type = static_cast<kvbudget::Type>(nb::cast<int>(t[1]));
     job.rows = nb::cast<int>(t[2]);
@@ -66,7 +77,10 @@ struct Call {
     job.window = nb::cast<int64_t>(t[14]);
     const size_t rows = static_cast<size_t>(job.rows);
     const bool needs_entries = job.log_count || job.window > 0;
-    if (lengths.size() != rows || key_starts.size() < rows || (value && value_starts.size() < rows) ||
+    const auto complete = [rows](const Operand& x, const Lists& l) {
+      return l.starts.size() >= rows && (l.skip.empty() || l.skip.size() >= rows) && (!x.index || l.index_starts.size() >= rows);
+    };
+    if (lengths.size() != rows || !complete(job.key, key_lists) || (value && !complete(job.value, value_lists)) ||
         (needs_entries && entry_starts.size() < rows))
       throw std::invalid_argument("one length and one start per row of queries are needed");
   }
@@ -86,6 +100,13 @@ void mass(const nb::tuple& key, const nb::tuple& call, int threads, uintptr_t ls
   kvbudget::mass(*kernels, c.job, threads, reinterpret_cast<const float*>(lse), reinterpret_cast<float*>(sums));
 }
 
+void mass_of_logits(const Integers& lengths, int queries, int threads, uintptr_t logits, uintptr_t lse, uintptr_t sums) {
+  nb::gil_scoped_release release;
+  kvbudget::mass_of_logits(*kernels, static_cast<int>(lengths.size()), queries, lengths.data(), threads,
+                           reinterpret_cast<const float*>(logits), reinterpret_cast<const float*>(lse),
+                           reinterpret_cast<float*>(sums));
+}
+
 bool use(const std::string& name) {
   const kvbudget::Kernels* found = kvbudget::named_kernels(name.c_str());
   if (found) kernels = found;
@@ -98,6 +119,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native attention kernels; use them through kvbudget.kernels.";
   m.def("attend", &attend);
   m.def("mass", &mass);
+  m.def("mass_of_logits", &mass_of_logits);
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }

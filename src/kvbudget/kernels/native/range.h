@@ -10,8 +10,6 @@ namespace {
 constexpr int kTile = 32;  // entries whose rows stay in the first-level cache while all queries use them
 constexpr float kInfinity = __builtin_inff();
 
-// Entries per block: logits of all queries stay within 16 KiB.
-KV_INLINE int block_of(int queries) { return queries <= 16 ? 256 : queries <= 32 ? 128 : 64; }
 KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 
 // Rows of an operand as the micro-kernels read them.
@@ -77,10 +75,23 @@ KV_INLINE void lay_out(const Operand& x, int block, Arena& arena, Side& side) {
   side.last = arena.take<uint8_t>(64);
 }
 
+// How often a weight stands in memory: once per group of channels, repeated for the lanes of its entry.
+KV_INLINE int copies_of(const Operand& x) {
+  const Order o = order_of(x);
+  if (o.codec == Codec::expand || x.kind == Kind::dense) return 1;
+  return (x.kind == Kind::token ? x.width / x.group : 1) * (o.entries > 1 ? W / o.entries : 1);
+}
+
+// Entries per block: the weights of all queries stay within 16 KiB.
+KV_INLINE int block_of(const Job& job) {
+  const int copies = job.queries * (job.value.data ? copies_of(job.value) : 1);
+  return copies <= 16 ? 256 : copies <= 32 ? 128 : 64;
+}
+
 KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
   Arena arena{base, 0};
   const size_t M = job.queries;
-  s.block = block_of(job.queries);
+  s.block = block_of(job);
   lay_out(job.key, s.block, arena, s.key);
   s.query = arena.take<float>(M * job.key.width);
   s.permuted = arena.take<float>(M * s.key.lanes);
@@ -92,7 +103,7 @@ KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
   s.total = arena.take<float>(M);
   if (job.value.data) {
     lay_out(job.value, s.block, arena, s.value);
-    s.weights = arena.take<float>(M * s.value.groups * (kTile + 1) * W);
+    s.weights = arena.take<float>(M * copies_of(job.value) * (s.block + W));
     s.sums = arena.take<float>(M * s.value.lanes);
     s.group_sums = arena.take<float>(M * s.value.lanes);
     s.zero_sums = arena.take<float>(M * s.value.groups);
@@ -119,6 +130,8 @@ KV_INLINE void describe(const Operand& x, Side& side) {
   }
 }
 
+KV_INLINE int64_t skipped(const Operand& x, int row) { return x.skip ? x.skip[row] : 0; }
+
 // Points at n rows from entry t on (n <= kTile), as vectors of rows; expands, gathers or copies where it must.
 KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end) {
   const Order& o = side.order;
@@ -131,13 +144,15 @@ KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, in
       side.rows[count] = reinterpret_cast<const uint8_t*>(out);
     }
   } else {
-    const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group : x.starts[row];
+    const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
     if (x.index) {
       const int64_t* index = x.index + x.index_starts[row] + t;
       for (; count < n; ++count) side.rows[count] = x.data + (start + index[count]) * x.stride;
     } else {
       const uint8_t* base = x.data + (start + t) * x.stride;
-      for (int i = 0; i < n; i += o.entries) side.rows[count++] = base + i * x.stride;
+      const int64_t step = o.entries * x.stride;
+      count = (n + o.entries - 1) / o.entries;
+      for (int i = 0; i < count; ++i) side.rows[i] = base + i * step;
       const int over = count * o.entries - n;
       if (over && t + n + over > end) {
         const size_t bytes = (o.entries - over) * x.stride;
@@ -150,11 +165,29 @@ KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, in
   for (int i = count; i % 4; ++i) side.rows[i] = side.rows[count - 1];
 }
 
-template <int Groups>
+// in [n, groups] to out [groups, stride]; reads and writes up to W - 1 entries past n.
 KV_INLINE void deinterleave(const float* in, int n, int groups, int64_t stride, float* out) {
-  const int g = Groups ? Groups : groups;
-  for (int j = 0; j < g; ++j)
-    for (int t = 0; t < n; ++t) out[j * stride + t] = in[t * g + j];
+  if (groups == 2) {
+    for (int t = 0; t < n; t += W) {
+      const vf a = load(in + 2 * t), b = load(in + 2 * t + W);
+      store(out + t, KV_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+      store(out + stride + t, KV_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+    }
+  } else if (groups == 4) {
+    for (int t = 0; t < n; t += W) {
+      const float* from = in + 4 * t;
+      const vf a = load(from), b = load(from + 8), c = load(from + 16), d = load(from + 24);
+      const vf ab_even = KV_SHUFFLE(a, b, 0, 4, 8, 12, 2, 6, 10, 14), ab_odd = KV_SHUFFLE(a, b, 1, 5, 9, 13, 3, 7, 11, 15);
+      const vf cd_even = KV_SHUFFLE(c, d, 0, 4, 8, 12, 2, 6, 10, 14), cd_odd = KV_SHUFFLE(c, d, 1, 5, 9, 13, 3, 7, 11, 15);
+      store(out + t, KV_SHUFFLE(ab_even, cd_even, 0, 1, 2, 3, 8, 9, 10, 11));
+      store(out + stride + t, KV_SHUFFLE(ab_odd, cd_odd, 0, 1, 2, 3, 8, 9, 10, 11));
+      store(out + 2 * stride + t, KV_SHUFFLE(ab_even, cd_even, 4, 5, 6, 7, 12, 13, 14, 15));
+      store(out + 3 * stride + t, KV_SHUFFLE(ab_odd, cd_odd, 4, 5, 6, 7, 12, 13, 14, 15));
+    }
+  } else {
+    for (int j = 0; j < groups; ++j)
+      for (int t = 0; t < n; ++t) out[j * stride + t] = in[t * groups + j];
+  }
 }
 
 // Scales or zeros of n entries of per-token codes, as [groups][block + W] float32.
@@ -167,9 +200,7 @@ KV_INLINE void token_meta(const Operand& x, Side& side, const uint8_t* meta, int
   } else {
     float* flat = groups == 1 ? out : side.meta;
     to_float(meta, x.type, (x.starts[row] + t) * groups, n * groups, flat);
-    if (groups == 2) deinterleave<2>(flat, n, groups, block + W, out);
-    else if (groups == 4) deinterleave<4>(flat, n, groups, block + W, out);
-    else if (groups > 1) deinterleave<0>(flat, n, groups, block + W, out);
+    if (groups > 1) deinterleave(flat, n, groups, block + W, out);
   }
   for (int j = 0; j < groups; ++j)
     for (int i = n; i < padded(n, W); ++i) out[j * (block + W) + i] = 0.0f;
@@ -204,7 +235,7 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
     s.bias[m] = sum(bias);
   }
   to_float(x.scale, x.type, group * D, D, s.key.meta);
-  for (int i = 0; i < lanes; ++i) s.key.scale[i] = s.key.meta[s.key.channel[i]];
+  permute(s.key.order, s.key.meta, s.key.scale);
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < lanes; i += W)
       store(s.scaled + m * lanes + i, load(s.permuted + m * lanes + i) * load(s.key.scale + i));
@@ -236,9 +267,9 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
     int count = n - at < kTile ? n - at : kTile;
     const float* q = s.permuted;
     if (channel) {
-      const int64_t group = (t + at) / x.group, left = (group + 1) * x.group - (t + at);
+      const int64_t u = t + at + skipped(x, row), group = u / x.group, left = (group + 1) * x.group - u;
       if (left < count) count = static_cast<int>(left);
-      if (at == 0 || (t + at) % x.group == 0) prepare_group(job, s, x.starts[row] + group);
+      if (at == 0 || u % x.group == 0) prepare_group(job, s, x.starts[row] + group);
       q = s.scaled;
     }
     point(x, side, row, t + at, count, end);
@@ -325,15 +356,56 @@ KV_INLINE void flush_group(const Job& job, State& s, int64_t group, const float*
   const Operand& x = job.value;
   Side& side = s.value;
   to_float(x.scale, x.type, group * x.width, x.width, side.meta);
-  for (int i = 0; i < side.lanes; ++i) side.scale[i] = side.meta[side.channel[i]] * side.unit[i];
+  permute(side.order, side.meta, side.scale);
+  for (int i = 0; i < side.lanes; i += W) store(side.scale + i, load(side.scale + i) * load(side.unit + i));
   to_float(x.zero, x.type, group * x.width, x.width, side.meta);
-  const int copies = side.order.entries;
-  for (int i = 0; i < side.lanes; ++i) side.zero[i] = side.meta[side.channel[i]] / copies;
+  permute(side.order, side.meta, side.zero);
+  const vf share = splat(1.0f / side.order.entries);  // each of the lanes that are added up in the end brings its share
+  for (int i = 0; i < side.lanes; i += W) store(side.zero + i, load(side.zero + i) * share);
   for (int m = 0; m < job.queries; ++m)
     for (int i = 0; i < side.lanes; i += W) {
       float* to = s.sums + m * side.lanes + i;
       store(to, load(to) + load(s.group_sums + m * side.lanes + i) * load(side.scale + i) + load(side.zero + i) * splat(weight_sums[m]));
     }
+}
+
+// Repeats each weight for the lanes of its entry.
+KV_INLINE void repeat_lanes(vf y, int entries, float* to) {
+  if (entries == 1) {
+    store(to, y);
+  } else if (entries == 2) {
+    store(to, KV_SHUFFLE(y, y, 0, 0, 0, 0, 1, 1, 1, 1));
+    store(to + 8, KV_SHUFFLE(y, y, 2, 2, 2, 2, 3, 3, 3, 3));
+    store(to + 16, KV_SHUFFLE(y, y, 4, 4, 4, 4, 5, 5, 5, 5));
+    store(to + 24, KV_SHUFFLE(y, y, 6, 6, 6, 6, 7, 7, 7, 7));
+  } else {
+    store(to, KV_SHUFFLE(y, y, 0, 0, 1, 1, 2, 2, 3, 3));
+    store(to + 8, KV_SHUFFLE(y, y, 4, 4, 5, 5, 6, 6, 7, 7));
+  }
+}
+
+// Weights of `count` entries, zero from there to the end of the last vector (which may hold entries of the next group).
+KV_INLINE void repeat_weights(const float* p, int count, int entries, float* to) {
+  for (int i = 0; i < count; i += W) {
+    vf y = load(p + i);
+    for (int l = count - i; l < W; ++l) y[l] = 0.0f;
+    repeat_lanes(y, entries, to + i * (W / entries));
+  }
+}
+
+// Weights times the scales of channel group j (per-token values) for query m; returns the sum of weight * zero.
+KV_INLINE float scale_weights(State& s, int j, int m, int M, int n, int stride) {
+  const Side& side = s.value;
+  const int entries = side.order.entries, repeat = entries > 1 ? W / entries : 1, span = s.block + W;
+  const float *p = s.logits + m * stride, *scale = side.scale + j * span, *zero = side.zero + j * span;
+  float* to = s.weights + static_cast<size_t>(j * M + m) * span * repeat;
+  vf total = splat(0.0f);
+  for (int i = 0; i < n; i += W) {
+    const vf y = load(p + i);
+    total += y * load(zero + i);
+    repeat_lanes(y * load(scale + i), entries, to + i * repeat);
+  }
+  return sum(total);
 }
 
 KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
@@ -342,15 +414,12 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   const int M = job.queries, stride = s.block + 16, entries = side.order.entries;
   const bool direct = side.order.codec != Codec::expand;
   const bool token = direct && x.kind == Kind::token, channel = direct && x.kind == Kind::channel;
+  const int repeat = entries > 1 ? W / entries : 1;
   if (token) {
     token_meta(x, side, x.scale, row, t, n, s.block, side.scale);
     token_meta(x, side, x.zero, row, t, n, s.block, side.zero);
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < side.groups; ++j) {
-        vf total = splat(0.0f);
-        for (int i = 0; i < n; i += W) total += load(s.logits + m * stride + i) * load(side.zero + j * (s.block + W) + i);
-        s.zero_sums[m * side.groups + j] += sum(total);
-      }
+    for (int j = 0; j < side.groups; ++j)
+      for (int m = 0; m < M; ++m) s.zero_sums[m * side.groups + j] += scale_weights(s, j, m, M, n, stride);
   }
   float* acc = channel ? s.group_sums : s.sums;
   if (channel) std::memset(acc, 0, sizeof(float) * M * side.lanes);
@@ -358,38 +427,19 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   for (int m = 0; m < M; ++m) weight_sums[m] = 0.0f;
   for (int at = 0; at < n;) {
     int count = n - at < kTile ? n - at : kTile;
+    const int64_t u = t + at + (channel ? skipped(x, row) : 0);
     if (channel) {
-      const int64_t left = ((t + at) / x.group + 1) * x.group - (t + at);
+      const int64_t left = (u / x.group + 1) * x.group - u;
       if (left < count) count = static_cast<int>(left);
     }
     point(x, side, row, t + at, count, end);
-    Weights w{s.logits + at, stride, 1, 0};
-    if (token || entries > 1) {
-      const int repeat = W / entries, span = kTile * (entries > 1 ? repeat : 1) + W;
-      for (int j = 0; j < side.groups; ++j)
-        for (int m = 0; m < M; ++m) {
-          float* to = s.weights + static_cast<size_t>(j * M + m) * span;
-          const float* p = s.logits + m * stride + at;
-          const float* scale = token ? side.scale + j * (s.block + W) + at : nullptr;
-          for (int i = 0; i < count; i += W) {
-            vf y = token ? load(p + i) * load(scale + i) : load(p + i);
-            if (i + W > count) {  // entries of the next group, or past the range
-              for (int l = count - i; l < W; ++l) y[l] = 0.0f;
-            }
-            if (entries == 1) {
-              store(to + i, y);
-            } else if (entries == 2) {
-              store(to + 4 * i, KV_SHUFFLE(y, y, 0, 0, 0, 0, 1, 1, 1, 1));
-              store(to + 4 * i + 8, KV_SHUFFLE(y, y, 2, 2, 2, 2, 3, 3, 3, 3));
-              store(to + 4 * i + 16, KV_SHUFFLE(y, y, 4, 4, 4, 4, 5, 5, 5, 5));
-              store(to + 4 * i + 24, KV_SHUFFLE(y, y, 6, 6, 6, 6, 7, 7, 7, 7));
-            } else {
-              store(to + 2 * i, KV_SHUFFLE(y, y, 0, 0, 1, 1, 2, 2, 3, 3));
-              store(to + 2 * i + 8, KV_SHUFFLE(y, y, 4, 4, 5, 5, 6, 6, 7, 7));
-            }
-          }
-        }
-      w = {s.weights, span, 1, static_cast<int64_t>(M) * span};
+    Weights w{s.logits + at, stride, 0};
+    if (token) {
+      w = {s.weights + at * repeat, (s.block + W) * repeat, static_cast<int64_t>(M) * (s.block + W) * repeat};
+    } else if (entries > 1) {
+      for (int m = 0; m < M; ++m)
+        repeat_weights(s.logits + m * stride + at, count, entries, s.weights + m * (s.block + W) * repeat);
+      w = {s.weights, (s.block + W) * repeat, 0};
     }
     weigh(side.order.codec, side.rows, (count + entries - 1) / entries, w, side.groups > 1 ? side.group_of : nullptr, M,
           side.chunks, acc, side.lanes);
@@ -400,8 +450,8 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
         for (int i = 0; i < count; ++i) total += p[i];
         weight_sums[m] += total;
       }
-      if ((t + at + count) % x.group == 0 || at + count == n) {
-        flush_group(job, s, x.starts[row] + (t + at) / x.group, weight_sums);
+      if ((u + count) % x.group == 0 || at + count == n) {
+        flush_group(job, s, x.starts[row] + u / x.group, weight_sums);
         std::memset(acc, 0, sizeof(float) * M * side.lanes);
         for (int m = 0; m < M; ++m) weight_sums[m] = 0.0f;
       }
@@ -457,6 +507,28 @@ void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratc
   finish(job, s, out, lse);
 }
 
+// sums[i] = sum over queries of exp(logit - lse), for n entries; whatever n is.
+KV_INLINE void sum_weights(const float* logits, int64_t stride, int queries, const float* lse, int64_t n, float* sums) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int count = static_cast<int>(n - i < W ? n - i : W);
+    vf total = splat(0.0f);
+    for (int m = 0; m < queries; ++m) {
+      // lse is -inf where a query sees no entry at all, +inf where it is not to be counted: neither adds anything.
+      if (!(lse[m] > -kInfinity && lse[m] < kInfinity)) continue;
+      vf l = splat(-kInfinity);
+      if (count == W)
+        l = load(logits + m * stride + i);
+      else
+        for (int j = 0; j < count; ++j) l[j] = logits[m * stride + i + j];
+      total += vexp(l - splat(lse[m]));
+    }
+    if (count == W)
+      store(sums + i, total);
+    else
+      for (int j = 0; j < count; ++j) sums[i + j] = total[j];
+  }
+}
+
 void mass(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums) {
   State s{};
   lay_out(job, scratch, s);
@@ -464,23 +536,18 @@ void mass(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratch,
   for (int64_t t = begin; t < end; t += s.block) {
     const int n = static_cast<int>(end - t < s.block ? end - t : s.block);
     block_logits(job, s, row, t, n, end);
-    float* to = sums + (t - begin);
-    for (int i = 0; i < n; i += W) {
-      vf total = splat(0.0f);
-      for (int m = 0; m < job.queries; ++m) {
-        // lse is -inf where a query sees no entry at all, +inf where it is not to be counted: neither adds anything.
-        if (!(lse[m] > -kInfinity && lse[m] < kInfinity)) continue;
-        total += vexp(load(s.logits + m * (s.block + 16) + i) - splat(lse[m]));
-      }
-      for (int l = 0; l < W && i + l < n; ++l) to[i + l] = total[l];
-    }
+    sum_weights(s.logits, s.block + 16, job.queries, lse, n, sums + (t - begin));
   }
+}
+
+void mass_of_logits(int queries, int64_t length, const float* logits, const float* lse, float* sums) {
+  sum_weights(logits, length, queries, lse, length, sums);
 }
 
 }  // namespace
 
 const Kernels& KV_TABLE() {
-  static const Kernels kernels{KV_NAME, scratch_bytes, attend, mass};
+  static const Kernels kernels{KV_NAME, scratch_bytes, attend, mass, mass_of_logits};
   return kernels;
 }
 

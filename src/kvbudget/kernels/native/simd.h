@@ -35,6 +35,15 @@ KV_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 KV_INLINE vf as_float(vu x) { return (vf)x; }
 KV_INLINE vf to_float(vu x) { return __builtin_convertvector((vi)x, vf); }
 
+// Keeps a loaded vector in a register where the compiler would rather load it again for each use.
+KV_INLINE void pin(vf& x) {
+#if defined(__AVX__)
+  __asm__("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 KV_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX__) && !defined(__clang__)
   return __builtin_ia32_maxps256(a, b);
@@ -104,6 +113,25 @@ KV_INLINE float bf16_to_float(uint16_t h) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
+}
+
+typedef uint16_t v8u16 __attribute__((vector_size(16)));
+typedef uint16_t v8u16_memory __attribute__((vector_size(16), aligned(1), may_alias));
+
+KV_INLINE vf load_bf16(const void* p) {
+  return (vf)(__builtin_convertvector((v8u16) * static_cast<const v8u16_memory*>(p), vu) << 16);
+}
+
+KV_INLINE vf load_half(const void* p) {
+#if defined(__F16C__) && !defined(__clang__)
+  typedef short v8i16 __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256((v8i16) * static_cast<const v8u16_memory*>(p));
+#else
+  vu h = __builtin_convertvector((v8u16) * static_cast<const v8u16_memory*>(p), vu);
+  vf magnitude = (vf)((h & 0x7fffu) << 13) * splat(5.192296858534828e33f);
+  vu special = (vu)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (vf)((vu)magnitude | special | ((h & 0x8000u) << 16));
+#endif
 }
 
 }  // namespace

@@ -1,18 +1,17 @@
 // Weighted-sum micro-kernels: attention weights times rows of values, codes entering as they are stored.
 #pragma once
 
-#include "codec.h"
+#include "dot.h"
 
 namespace kvbudget {
 namespace {
 
-// Weights of MT queries for one group of channels. entries == 1: weight of row t at m * stride + t * step (broadcast to all
-// lanes). Otherwise the weights are repeated for the lanes of their entry: lanes at m * stride + t * (W / entries).
+// Weights of all queries. entries == 1: the weight of row t stands at m * stride + t and is broadcast to all lanes.
+// Otherwise the weights are repeated for the lanes of their entry, a vector of them per vector of rows.
 struct Weights {
   const float* data;
-  int64_t stride;
-  int64_t step;
-  int64_t group_stride;  // from one group of channels to the next
+  int64_t stride;        // between queries
+  int64_t group_stride;  // between groups of channels
 };
 
 // acc[m * acc_stride + v * W ...] += sum over n rows of weight * vector v.
@@ -34,7 +33,7 @@ void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* 
 #pragma GCC unroll 4
         for (int m = 0; m < MT; ++m) {
           if constexpr (C::entries == 1)
-            p[m] = splat(weights[m * w.stride + t * w.step]);
+            p[m] = splat(weights[m * w.stride + t]);
           else
             p[m] = load(weights + m * w.stride + t * W);
         }
@@ -57,13 +56,13 @@ KV_INLINE void weigh(Codec codec, const uint8_t* const* rows, int n, Weights w, 
   with_codec(codec, [&](auto c) {
     using C = decltype(c);
     for (int m = 0; m < queries;) {
-      const int left = queries - m, tile = left % 4 == 0 ? 4 : left < 3 ? left : 3;
+      const int tile = next_tile(queries - m);
       float* to = acc + m * acc_stride;
-      switch (tile) {
-        case 1: weigh_rows<C, 1>(rows, n, w, group_of, chunks, to, acc_stride); break;
-        case 2: weigh_rows<C, 2>(rows, n, w, group_of, chunks, to, acc_stride); break;
-        case 3: weigh_rows<C, 3>(rows, n, w, group_of, chunks, to, acc_stride); break;
-        default: weigh_rows<C, 4>(rows, n, w, group_of, chunks, to, acc_stride); break;
+      if (tile == 1) weigh_rows<C, 1>(rows, n, w, group_of, chunks, to, acc_stride);
+      if (tile == 2) weigh_rows<C, 2>(rows, n, w, group_of, chunks, to, acc_stride);
+      if constexpr (KV_QUERY_TILE == 4) {
+        if (tile == 3) weigh_rows<C, 3>(rows, n, w, group_of, chunks, to, acc_stride);
+        if (tile == 4) weigh_rows<C, 4>(rows, n, w, group_of, chunks, to, acc_stride);
       }
       w.data += tile * w.stride;
       m += tile;

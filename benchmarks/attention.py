@@ -1,0 +1,246 @@
+"""Measures decode attention over compressed caches against torch's sdpa and against the machine's own floors.
+
+Every variant of one shape is measured in turns (one call of each, then the next round), so that a slow moment of the
+machine touches all of them. A variant cycles through as many copies of its cache as make it larger than the last-level
+cache, as the layers of a model do: what is measured is decoding, where other data has passed between two visits.
+
+    python benchmarks/attention.py [--threads 2] [--lengths 1024,8192,32768,131072] [--json results/attention.json]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvbudget import kernels
+from kvbudget.kernels import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
+
+SHAPES = [(9, 3, 64), (32, 8, 64), (9, 3, 128), (32, 8, 128)]
+GROUP = 32
+LAST_LEVEL = 32 << 20
+
+
+@dataclass
+class Variant:
+    """One way to attend over one cache: a call per copy, and the bytes that a call has to read."""
+
+    name: str
+    calls: list[Callable[[], Any]]
+    nbytes: int
+    macs: int
+
+    def __post_init__(self) -> None:
+        self.seconds: list[float] = []
+        self.turn = 0
+
+    def step(self) -> None:
+        call = self.calls[self.turn % len(self.calls)]
+        self.turn += 1
+        begin = time.perf_counter()
+        call()
+        self.seconds.append(time.perf_counter() - begin)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def interleave(variants: Sequence[Variant], seconds: float, least: int = 7) -> None:
+    """Runs one call of each variant per round, until the time is up and each has run often enough."""
+    for variant in variants:
+        variant.step()
+        variant.seconds.clear()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(variants[0].seconds) < least:
+        for variant in variants:
+            variant.step()
+
+
+def copies(nbytes: int, limit: int) -> int:
+    return max(1, min(limit, math.ceil(2 * LAST_LEVEL / nbytes)))
+
+
+def starts_of(lengths: Sequence[int], group: int = 1) -> list[int]:
+    starts, at = [], 0
+    for length in lengths:
+        starts.append(at)
+        at += -(-length // group)
+    return starts
+
+
+def quantized(lengths: Sequence[int], width: int, bits: int) -> tuple[Operand, Operand, int]:
+    """KIVI's layout: keys per channel, values per token, groups of 32, scales and zeros in half precision."""
+    groups, entries = sum(-(-n // GROUP) for n in lengths), sum(lengths)
+    packed = packed_width(width, bits)
+    key_codes = torch.randint(0, 256, (groups, GROUP, packed), dtype=torch.uint8)
+    value_codes = torch.randint(0, 256, (entries, packed), dtype=torch.uint8)
+    key = ChannelQuantOperand(
+        key_codes,
+        torch.rand(groups, width).half(),
+        torch.rand(groups, width).half(),
+        bits,
+        GROUP,
+        starts_of(lengths, GROUP),
+    )
+    meta = (entries, width // GROUP)
+    value = TokenQuantOperand(
+        value_codes, torch.rand(meta).half(), torch.rand(meta).half(), bits, GROUP, starts_of(lengths)
+    )
+    nbytes = sum(t.nbytes for o in (key, value) for t in (o.codes, o.scale, o.zero))
+    return key, value, nbytes
+
+
+def dense(lengths: Sequence[int], width: int, dtype: torch.dtype) -> tuple[Operand, Operand, int]:
+    key, value = (DenseOperand(torch.randn(sum(lengths), width).to(dtype), starts_of(lengths)) for _ in range(2))
+    return key, value, key.data.nbytes + value.data.nbytes
+
+
+def ours(
+    name: str, make: Callable[[], tuple[Operand, Operand, int]], query: Tensor, lengths: Sequence[int], limit: int
+) -> Variant:
+    caches = [make()]
+    nbytes = caches[0][2]
+    caches += [make() for _ in range(copies(nbytes, limit) - 1)]
+    scale = query.shape[-1] ** -0.5
+    calls = [lambda k=k, v=v: kernels.attend(query, k, v, lengths, scale=scale) for k, v, _ in caches]
+    return Variant(name, calls, nbytes, 2 * query.shape[1] * query.shape[2] * sum(lengths))
+
+
+def torch_sdpa(
+    name: str, heads: int, kv_heads: int, width: int, length: int, dtype: torch.dtype, limit: int, expand: bool
+) -> Variant:
+    """sdpa as models call it: grouped keys as they are (enable_gqa), or repeated for every query head beforehand."""
+    query = torch.randn(1, heads, 1, width).to(dtype)
+    held = heads if expand else kv_heads
+    nbytes = 2 * kv_heads * length * width * dtype.itemsize
+    pairs = [torch.randn(2, 1, held, length, width).to(dtype) for _ in range(copies(nbytes * held // kv_heads, limit))]
+    calls = [lambda p=p: sdpa(query, p[0], p[1], enable_gqa=not expand) for p in pairs]
+    return Variant(name, calls, nbytes, 2 * heads * width * length)
+
+
+def dequantize_then_sdpa(heads: int, kv_heads: int, width: int, length: int, bits: int) -> Variant:
+    """What a cache that is dequantized at every step costs (float32 arithmetic on unpacked codes, then bf16 sdpa)."""
+    key, value, nbytes = quantized([length] * kv_heads, width, bits)
+    query = torch.randn(1, heads, 1, width).bfloat16()
+
+    def call() -> Tensor:
+        rows = []
+        for operand in (key, value):
+            codes = kernels.unpack(operand.codes, bits, width).bfloat16()
+            if isinstance(operand, ChannelQuantOperand):
+                full = codes * operand.scale[:, None].bfloat16() + operand.zero[:, None].bfloat16()
+            else:
+                full = (
+                    codes.unflatten(-1, (-1, GROUP)) * operand.scale[..., None].bfloat16()
+                    + operand.zero[..., None].bfloat16()
+                )
+            rows.append(full.reshape(1, kv_heads, length, width))
+        return sdpa(query, rows[0], rows[1], enable_gqa=True)
+
+    return Variant(f"dequantize {bits} bits, sdpa", [call], nbytes, 2 * heads * width * length)
+
+
+def floors(threads: int) -> tuple[float, float]:
+    """Bytes per second of reading memory, and float32 multiply-adds per second, with all threads."""
+    memory = torch.ones(64 << 20)  # 256 MiB
+    small = [torch.randn(256, 256) for _ in range(2)]
+    read, multiply = [], []
+    for _ in range(12):
+        begin = time.perf_counter()
+        memory.sum()
+        read.append(memory.nbytes / (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        for _ in range(10):
+            small[0] @ small[1]
+        multiply.append(10 * 256**3 / (time.perf_counter() - begin))
+    return statistics.median(read), max(multiply)
+
+
+def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All variants of one shape, interleaved; one record per variant."""
+    lengths = [length] * kv_heads
+    groups = heads // kv_heads
+    query = torch.randn(kv_heads, groups, width)
+    limit = 64 if length <= 8192 else 8
+    variants = [
+        ours("f32", lambda: dense(lengths, width, torch.float32), query, lengths, limit),
+        torch_sdpa("sdpa f32", heads, kv_heads, width, length, torch.float32, limit, expand=False),
+        ours("bf16", lambda: dense(lengths, width, torch.bfloat16), query, lengths, limit),
+        torch_sdpa("sdpa bf16", heads, kv_heads, width, length, torch.bfloat16, limit, expand=False),
+    ]
+    if length <= 8192:
+        variants.append(
+            torch_sdpa("sdpa f32, repeated", heads, kv_heads, width, length, torch.float32, limit, expand=True)
+        )
+        variants.append(
+            torch_sdpa("sdpa bf16, repeated", heads, kv_heads, width, length, torch.bfloat16, limit, expand=True)
+        )
+    for bits in (8, 4, 2):
+        variants.append(ours(f"{bits} bits", lambda bits=bits: quantized(lengths, width, bits), query, lengths, limit))
+    if length <= 32768:
+        variants += [dequantize_then_sdpa(heads, kv_heads, width, length, bits) for bits in (4, 2)]
+    mean = length // GROUP * GROUP
+    skewed = [mean * 8 // 5 // GROUP * GROUP, mean * 2 // 5 // GROUP * GROUP] * (kv_heads // 2)  # 4 : 1, same total
+    if skewed:
+        even = [sum(skewed) // len(skewed)] * len(skewed)
+        some = query[: len(skewed)].contiguous()
+        variants.append(ours("bf16, heads 4:1", lambda: dense(skewed, width, torch.bfloat16), some, skewed, limit))
+        variants.append(ours("bf16, heads 1:1", lambda: dense(even, width, torch.bfloat16), some, even, limit))
+    interleave(variants, args.seconds)
+    read, multiply = floors(args.threads)
+    records = []
+    for v in variants:
+        floor = max(v.nbytes / read, v.macs / multiply)
+        records.append(
+            {
+                "heads": heads, "kv_heads": kv_heads, "head_dim": width, "length": length, "variant": v.name,
+                "ms": v.median * 1e3, "bytes": v.nbytes, "rounds": len(v.seconds), "GB/s": v.nbytes / v.median / 1e9,
+                "ms_of_bytes": v.nbytes / read * 1e3, "ms_of_macs": v.macs / multiply * 1e3,
+                "over_floor": v.median / floor,
+            }
+        )  # fmt: skip
+    print(f"\nHq/Hkv {heads}/{kv_heads}, head_dim {width}, T {length}, {args.threads} threads; "
+          f"reading {read / 1e9:.1f} GB/s, {multiply / 1e9:.1f} G multiply-adds/s")  # fmt: skip
+    print(f"{'variant':24}{'ms':>9}{'GB/s':>8}{'bytes ms':>10}{'macs ms':>9}{'x floor':>9}{'bf16 / it':>11}")
+    best = min(r["ms"] for r in records if r["variant"] in ("bf16", "sdpa bf16", "sdpa bf16, repeated"))
+    for r in records:
+        r["speedup_over_bf16"] = best / r["ms"]
+        print(
+            f"{r['variant']:24}{r['ms']:9.3f}{r['GB/s']:8.1f}{r['ms_of_bytes']:10.3f}{r['ms_of_macs']:9.3f}"
+            f"{r['over_floor']:9.2f}{r['speedup_over_bf16']:11.2f}",
+            flush=True,
+        )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lengths", default="1024,8192,32768,131072")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per shape")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
+    records = []
+    for heads, kv_heads, width in SHAPES:
+        for length in map(int, args.lengths.split(",")):
+            records += run_shape(heads, kv_heads, width, length, args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"threads": args.threads, "records": records}, indent=1))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Builds the native kernels with AddressSanitizer and UBSan in a directory of their own and runs the kernel tests on them.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+build=build/sanitize
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
+  -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CXX_FLAGS="$flags" \
+  -DCMAKE_MODULE_LINKER_FLAGS="-fsanitize=address,undefined"
+cmake --build "$build" --parallel
+# The interpreter itself is not instrumented: its leaks are not ours, and the runtime has to be loaded before it.
+KVBUDGET_NATIVE_DIR="$PWD/$build" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+  LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
+  "$python" -m pytest tests/kernels -q -p no:cacheprovider
