@@ -1,11 +1,12 @@
 """Tiny random causal language models, one per architecture that the library supports or refuses."""
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 VOCAB_SIZE = 128
 MAX_POSITIONS = 1024
@@ -273,3 +274,32 @@ def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[i, longest - row.shape[1] :] = row
         mask[i, longest - row.shape[1] :] = 1
     return ids, mask
+
+
+@cache
+def own_model(name: str) -> PreTrainedModel:
+    """`tiny_model(name)` under its own attention implementation; shared by all tests, which must not change it."""
+    return tiny_model(name)
+
+
+@cache
+def served_model(name: str) -> PreTrainedModel:
+    """`tiny_model(name)` under kvbudget's attention; shared by all tests, which must not change it."""
+    model = tiny_model(name)
+    model.set_attn_implementation("kvbudget")
+    return model
+
+
+def in_chunks(
+    model: PreTrainedModel, ids: torch.Tensor, past: Cache, chunk: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits `[rows, T, vocabulary]` of ids `[rows, T]` that are fed `chunk` tokens at a time, padding as in `mask`."""
+    outputs = []
+    for begin in range(0, ids.shape[1], chunk):
+        end = min(begin + chunk, ids.shape[1])
+        padding = {}
+        if mask is not None:
+            position = (mask.cumsum(1) - 1).clamp_min(0)
+            padding = {"attention_mask": mask[:, :end], "position_ids": position[:, begin:end]}
+        outputs.append(model(ids[:, begin:end], past_key_values=past, **padding).logits)
+    return torch.cat(outputs, dim=1)

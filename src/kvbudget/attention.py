@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvbudget.errors import CacheError
 from kvbudget.layer import AttentionCall
@@ -41,25 +40,15 @@ class LayerHandle:
         self.__getattr__(f"[{item!r}]")
 
 
+class TextLength(int):
+    """The length that a KVCache reports to the mask function, which thereby knows that no T x T mask is needed."""
+
+
 @dataclass
 class LazyMask:
-    """What the mask function knows, kept until somebody needs a mask; for our caches that is never a T x T tensor."""
+    """What the mask function knows of a call that carries a KVCache, in place of a mask."""
 
     arguments: dict[str, Any]
-
-    @cached_property
-    def for_sdpa(self) -> Tensor | None:
-        """The boolean mask that transformers' sdpa path would get."""
-        return sdpa_mask(**self.arguments)
-
-    @cached_property
-    def for_eager(self) -> Tensor | None:
-        """The additive mask that transformers' eager path would get."""
-        return eager_mask(**self.arguments)
-
-    def contiguous(self) -> LazyMask:
-        """Itself: generate() asks this of masks that it prepares for static caches."""
-        return self
 
     def valid(self, columns: int, new: int) -> Tensor | None:
         """Which of the ``new`` tokens after ``columns`` seen ones are not padding: bool ``[B, new]``, None for all."""
@@ -80,9 +69,9 @@ class LazyMask:
         return None if bool(valid.all()) else valid
 
 
-def mask_function(*args: Any, **kwargs: Any) -> LazyMask:
-    """Registered with transformers' mask interface: defers the mask."""
-    return LazyMask(kwargs)
+def mask_function(**arguments: Any) -> LazyMask | Tensor | None:
+    """Registered with transformers' mask interface: no mask for a KVCache, sdpa's boolean one for every other call."""
+    return LazyMask(arguments) if isinstance(arguments["kv_length"], TextLength) else sdpa_mask(**arguments)
 
 
 def attention_function(
@@ -105,6 +94,7 @@ def attention_function(
     Returns ``[B, n, Hq, Dv]`` and no weights.
     """
     if not isinstance(key, LayerHandle):
+        assert not isinstance(attention_mask, LazyMask)
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, extra | kwargs)
@@ -135,18 +125,21 @@ def _ordinary(
     query: Tensor,
     key: Tensor,
     value: Tensor | LayerHandle,
-    mask: LazyMask | Tensor | None,
+    mask: Tensor | None,
     dropout: float,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What the model does without kvbudget: sdpa, or its own eager function where it has no sdpa form."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        if mask is None and query.shape[2] > 1:
+            # Where nothing is padded sdpa's masks are left out; what it then masks itself is plainly causal.
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        ready = mask.for_eager if isinstance(mask, LazyMask) else mask
-        return eager(module, query, key, value, ready, scaling=scaling, dropout=dropout, **kwargs)
-    ready = mask.for_sdpa if isinstance(mask, LazyMask) else mask
-    return sdpa_attention_forward(module, query, key, value, ready, dropout=dropout, scaling=scaling, **kwargs)
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(NAME, attention_function)

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbudget import attention
-from kvbudget.attention import LayerHandle, LazyMask
+from kvbudget.attention import LayerHandle, LazyMask, TextLength
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
@@ -58,7 +58,7 @@ class AttentionLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The whole text counts: masks are never built for this cache."""
-        return self.columns + query_length, 0
+        return TextLength(self.columns + query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -127,7 +127,7 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         spans = _checked_spans(protect)
         cost = entry_cost(self.geometry, self.parts, self.dtype)
-        overhead = overhead_bytes(model.config, self.dtype)
+        overhead = overhead_bytes(model.config, self.dtype) if self.budget.kind == "bytes" else 0
         self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
         self.enforcer.check()
         self.question_visible: bool | None = None
