@@ -136,7 +136,7 @@ def test_chunks_move_the_preference_and_keep_the_total():
     model = tiny_model("llama", **MODEL)
     for size in (64, 7, 1):
         cache = KVCache(model, f"cake(window={WINDOW})", 40, when="every(1)")
-        run(model, cache, random_text(150 if size > 1 else 60), chunks(150 if size > 1 else 60, size))
+        run(model, cache, random_text(120 if size > 1 else 50), chunks(120 if size > 1 else 50, size))
         kept = [layer[0][0] for layer in cache.report().kept]
         assert sum(kept) <= 160
         assert min(kept) > WINDOW

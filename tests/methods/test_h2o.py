@@ -29,8 +29,16 @@ def heavy_hitters(recent_share: float = 0.5):
     return rule
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (8, 1), (4, 4)], ids=lambda h: f"{h[0]}q{h[1]}kv")
-@pytest.mark.parametrize("sizes", [[150] + [1] * 40, chunks(150, 64) + [1] * 40, [7] * 15 + [1] * 20], ids=len)
+@pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [
+        ((4, 2), [150] + [1] * 40),
+        ((3, 1), chunks(150, 64) + [1] * 20),
+        ((8, 1), [150] + [1] * 20),
+        ((4, 4), [7] * 15 + [1] * 20),
+    ],
+    ids=["one pass", "chunks of 64", "one pass of 8 queries", "chunks of 7, MHA"],
+)
 def test_kept_entries_follow_the_running_sums(heads, sizes):
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
     cache = KVCache(model, "h2o(every=1)", 40)

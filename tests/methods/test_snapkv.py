@@ -15,7 +15,7 @@ def test_one_pass_prefill_then_decode(heads, settings):
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
     text = f"snapkv(window={window}, kernel={kernel}, pooling={pooling}, reduction={reduction})"
     cache = KVCache(model, text, 48, when="every(1)")
-    run(model, cache, random_text(180), [150] + [1] * 30, Brute(running_votes(*settings), 48))
+    run(model, cache, random_text(170), [150] + [1] * 20, Brute(running_votes(*settings), 48))
     assert cache.report().kept == [[[48] * heads[1]]] * 2
 
 
@@ -29,7 +29,7 @@ def test_chunked_prefill_keeps_a_running_vote(size):
 def test_slack_evicts_ahead():
     model = tiny_model("llama")
     cache = KVCache(model, "snapkv(window=16)", 128)
-    run(model, cache, random_text(250), [200] + [1] * 50, Brute(running_votes(16), 128, every=16))
+    run(model, cache, random_text(235), [200] + [1] * 35, Brute(running_votes(16), 128, every=16))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "cohere", "granite"])

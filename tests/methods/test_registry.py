@@ -1,0 +1,144 @@
+"""Every method of the registry, on random models: exact where all fits, inside the budget everywhere, rows independent."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from brute import chunks, kept_positions
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvbudget.cache import KVCache
+from kvbudget.errors import BudgetError, PolicyError
+from kvbudget.methods import parse, registry
+from residency import model_tensors, resident_bytes
+from tiny import left_padded, random_text, tiny_model
+
+# Methods as they fit texts of some hundred tokens; the others are taken with their defaults.
+SMALL = {
+    "snapkv": "snapkv(window=16)",
+    "cake": "cake(window=16)",
+    "adakv": "snapkv(window=16)+adakv",
+    "pyramidkv": "snapkv(window=16)+pyramidkv",
+    "kivi": "streaming_llm+kivi(residual=32)",
+    "random": "random(recent=16)",
+    "full": "full",
+}
+ELSEWHERE = {"plan", "calibration", "driver"}
+METHODS = [name for name, kind in registry().items() if not ELSEWHERE & set(kind.needs)]
+EVICTING = [name for name in METHODS if parse(SMALL.get(name, name)).parts().scorer is not None]
+
+
+def new_cache(model: PreTrainedModel, name: str, budget: object, **options: object) -> KVCache:
+    return KVCache(model, SMALL.get(name, name), budget, **options)
+
+
+def feed(
+    model: PreTrainedModel, cache: KVCache, ids: Tensor, sizes: Sequence[int], mask: Tensor | None = None
+) -> Tensor:
+    """Forwards of these sizes, everything checked after each of them; logits of all columns."""
+    known = model_tensors(model)
+    logits, begin = [], 0
+    for size in sizes:
+        end = begin + size
+        options = {}
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            options = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+        with torch.inference_mode():
+            logits.append(model(ids[:, begin:end], past_key_values=cache, **options).logits)
+        begin = end
+        check(cache, known)
+    return torch.cat(logits, dim=1)
+
+
+def check(cache: KVCache, known: Sequence[Tensor]) -> None:
+    """Integrity, the budget by bytes and by counts, position order, and what the policy protects."""
+    cache.check_integrity()
+    cost, heads = cache.enforcer.cost, cache.enforcer.layers[0].num_kv_heads
+    entries = [cache.enforcer.mean_entries(seen) for seen in cache.seen]
+    limit = len(cache.layers) * heads * sum(cost.fixed + mean * cost.per_entry for mean in entries)
+    assert resident_bytes(cache, besides=known) <= min(
+        limit, cache.budget.amount if cache.budget.kind == "bytes" else limit
+    )
+    protect = cache.parts.protect
+    for b, seen in enumerate(cache.seen):
+        if not seen:
+            continue
+        held = [sum(store.evictable()[b]) for store in cache.enforcer.layers]
+        assert sum(held) <= entries[b] * heads * len(held)
+        for layer, store in enumerate(cache.enforcer.layers):
+            for row in kept_positions(cache, layer, b):
+                assert row == sorted(set(row)) and row[-1] < seen
+                assert row[: protect.sinks] == list(range(min(protect.sinks, seen)))
+                recent = min(protect.recent, seen)
+                assert row[len(row) - recent :] == list(range(seen - recent, seen)), store.layer_idx
+
+
+@pytest.mark.parametrize("budget", [400, "1GiB", "100%"])
+@pytest.mark.parametrize("name", METHODS)
+def test_exact_where_everything_fits(name, budget):
+    model, ids = tiny_model("llama"), random_text(110)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    size = {400: 100, "1GiB": 64, "100%": 7}[budget]
+    cache = new_cache(model, name, budget, max_length=110)
+    logits = feed(model, cache, ids, chunks(100, size) + [1] * 10)
+    if cache.policy.lossless_when_fits:
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert cache.report().kept_entries == cache.report().seen_entries and cache.enforcer.evictions == 0
+
+
+@pytest.mark.parametrize(("budget", "prompt", "size"), [(64, 150, 150), ("36KiB", 150, 64), ("30%", 77, 7)])
+@pytest.mark.parametrize("name", EVICTING)
+def test_the_budget_holds_in_prefill_and_decode(name, budget, prompt, size):
+    model = tiny_model("llama")
+    cache = new_cache(model, name, budget, max_length=210)
+    feed(model, cache, random_text(prompt + 40), chunks(prompt, size) + [1] * 40)
+    assert cache.enforcer.evictions > 0 and cache.report().kept_entries < cache.report().seen_entries
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(64, 12), ("150KiB", 2)])
+@pytest.mark.parametrize("name", EVICTING)
+def test_padded_rows_equal_their_single_runs(name, budget, steps):
+    model = tiny_model("llama")
+    lengths = (40, 150, 97)
+    texts = [random_text(length + steps, seed=length) for length in lengths]
+    ids, mask = left_padded([text[:, :length] for text, length in zip(texts, lengths, strict=True)])
+    ids = torch.cat([ids, torch.cat([text[:, length:] for text, length in zip(texts, lengths, strict=True)])], dim=1)
+    mask = torch.cat([mask, mask.new_ones(3, steps)], dim=1)
+    # The second chunk begins inside the padding of one row and inside the text of another.
+    batch = new_cache(model, name, budget)
+    logits = feed(model, batch, ids, [70, 80] + [1] * steps, mask)
+    single_budget = budget if isinstance(budget, int) else "50KiB"
+    for b, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        first = max(0, 70 - (150 - length))
+        single = new_cache(model, name, single_budget)
+        expected = feed(model, single, text, [n for n in (first, length - first) if n] + [1] * steps)
+        for layer in range(2):
+            assert kept_positions(batch, layer, b) == kept_positions(single, layer)
+        torch.testing.assert_close(logits[b : b + 1, 150 - length :], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (9, 3)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("name", EVICTING)
+def test_all_head_groups(name, heads):
+    model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    cache = new_cache(model, name, 64)
+    logits = feed(model, cache, random_text(130), [120] + [1] * 10)
+    assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_tiny_budgets_are_kept_or_refused(name):
+    model, ids = tiny_model("llama"), random_text(90)
+    kept = []
+    for budget in (1, 2, 5, 17, 48, "100B", "3KiB", "12KiB", "40KiB", "0.5%", "5%"):
+        try:
+            cache = new_cache(model, name, budget)
+            feed(model, cache, ids, [60] + [1] * 3)
+        except (BudgetError, PolicyError) as error:
+            assert "give" in str(error), error
+            continue
+        kept.append(budget)
+    assert "100B" not in kept and 48 in kept
