@@ -295,6 +295,9 @@ class KVCache(Cache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Takes a recurrent layer's new convolution state."""
+        if not self.get_seq_length():
+            self.broken = None  # nothing is held yet that a refusal could leave incomplete
+            self.enforcer.check(conv_states.shape[0])
         self._enter(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
@@ -383,6 +386,7 @@ class KVCache(Cache):
             if isinstance(layer, AttentionLayer):
                 store = layer.store
                 store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
+                store.statistics = {}
                 layer.columns = 0
             else:
                 self.layers[index] = LinearAttentionLayer()
@@ -475,7 +479,8 @@ class KVCache(Cache):
                 f"when='after_prefill' lets the cache grow while decoding, so the byte budget {self.budget} cannot hold; "
                 "use when='over_budget', or give tokens or a fraction"
             )
-        if evicts and self.budget.kind == "none" and self.parts.plan is None:
+        bounded = self.parts.plan is not None or (self.parts.heads is not None and self.parts.heads.bounded)
+        if evicts and self.budget.kind == "none" and not bounded:
             raise BudgetError(f"{self.policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
 
     def _budgeted_layer(self, model: PreTrainedModel, index: int) -> LayerCache:
