@@ -17,10 +17,14 @@ from kvbudget.policy.base import Parts
 
 @dataclass(frozen=True)
 class EntryCost:
-    """Bytes of one kept entry of one KV head, and bytes per sequence and KV head that do not depend on its entries."""
+    """Bytes of one kept entry of one KV head, and bytes per sequence and KV head that do not depend on its entries.
+
+    ``aside`` are the bytes of an entry in the destination's own segments (0: it holds none that count).
+    """
 
     per_entry: float
     fixed: float = 0.0
+    aside: float = 0.0
 
 
 def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> EntryCost:
@@ -41,9 +45,11 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
             per_entry += codec.bytes_per_entry(width)
             tail = codec.residual + 1 + (codec.unit if codec.unit > 1 else 0)
             fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
+    aside = 0.0
     if parts.destination is not None:
-        fixed += parts.destination.fixed_bytes(shape.key_head_dim, shape.value_head_dim, item)
-    return EntryCost(per_entry, fixed)
+        fixed += parts.destination.fixed_bytes(*widths, item)
+        aside = parts.destination.entry_bytes(*widths)
+    return EntryCost(per_entry, fixed, aside)
 
 
 def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -17,6 +17,9 @@ from kvbudget.policy.base import Evicted, LayerAllocator, Parts, Span
 from kvbudget.policy.selection import newest, protected_entries, select
 from kvbudget.policy.view import View
 
+FAR = 2**62
+"""A length beyond every text."""
+
 
 @dataclass
 class Enforcer:
@@ -73,13 +76,24 @@ class Enforcer:
             smallest = self.smallest_bytes(batch_size)
             rows = f" for {batch_size} sequences" if batch_size > 1 else ""
             raise BudgetError(self._too_small(f"give at least {smallest}B ({format_bytes(smallest)}){rows}"))
+        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        if pinned and kind == "fraction" and amount * heads <= pinned:
+            raise BudgetError(
+                f"{self.text} keeps {pinned} of {heads} KV heads whole, which is more than {self.budget}; "
+                f"give more than {100 * pinned / heads:.1f}%"
+            )
+        if pinned and self.max_length is not None:
+            self._admit_pinned(self.max_length, batch_size)
 
     def admit(self, tokens: Sequence[int]) -> None:
-        """Before a forward: refuses ``tokens[b]`` new tokens that a policy without eviction could not hold."""
-        if self.parts.scorer is not None or self.budget.kind == "none" or not self.layers:
+        """Before a forward: refuses ``tokens[b]`` new tokens where a policy keeps more of them than the budget holds."""
+        if self.budget.kind == "none" or not self.layers:
             return
         seen = self.layers[0].seen or [0] * len(tokens)
         longest = max(s + n for s, n in zip(seen, tokens, strict=True))
+        if self.parts.scorer is not None:
+            self._admit_pinned(longest, len(tokens))
+            return
         room = self.mean_entries(longest, len(tokens))
         if self.budget.kind == "fraction" and self.max_length is None:
             raise BudgetError(
@@ -117,42 +131,62 @@ class Enforcer:
         payload = amount // (batch_size or max(self._batch_size(), 1)) - self.overhead - heads * self.cost.fixed
         each = payload / heads
         if self.parts.destination is not None:
-            return max(0.0, self.parts.destination.main_entries(each, self.cost.per_entry, seen))
+            return max(0.0, self.parts.destination.main_entries(each, self.cost, seen, self.floor))
         return max(0.0, each / self.cost.per_entry)
 
     def shares(self, b: int) -> list[int]:
-        """Entries that each layer may hold of sequence b, over all its KV heads."""
-        seen = self.layers[0].seen[b]
+        """Entries that each layer may hold in place of sequence b, over all its KV heads."""
+        seen = self._until(b)
         mean = self._mean(b)
+        heads = [layer.num_kv_heads for layer in self.layers]
+        pinned = self._pinned()
+        free = [h - p for h, p in zip(heads, pinned, strict=True)]
+        most = seen if self.parts.heads is None else self.parts.heads.most(seen)
         if mean == float("inf"):
-            return [seen * layer.num_kv_heads for layer in self.layers]
+            return [p * seen + f * most for p, f in zip(pinned, free, strict=True)]
         allocator = self.parts.layers or Uniform()
         measured = [row[b] if row else None for row in self.measured] or [None] * len(self.layers)
         known = [m is not None or not allocator.measures for m in measured]
         if not any(known):
             known = [True] * len(self.layers)
         # What a joint ranking counted are whole layers; all other weights share out what is not protected.
-        fixed = 0 if allocator.joint else min(self.protected, seen)
+        fixed = 0 if allocator.joint else min(self.protected, most)
+        whole = sum(pinned) * seen
+        if whole:
+            mean = (mean * sum(heads) - whole) / max(sum(free), 1)
         weights = allocator.weights(measured, mean, self.floor)
-        heads = [layer.num_kv_heads for layer in self.layers]
+        if whole:
+            weights = [w * f for w, f in zip(weights, free, strict=True)]
         # Without an allocator over heads every head of a layer keeps the same, so entries are dealt out head by head.
         unit = [1] * len(heads) if self.parts.heads is not None else heads
-        total = int(mean * sum(heads)) if self.parts.heads is not None else int(mean * sum(heads)) // heads[0]
+        total = int(mean * sum(free)) if self.parts.heads is not None else int(mean * sum(heads)) // heads[0]
         shown = [w for w, k in zip(weights, known, strict=True) if k]
-        capped = seen <= self.floor or max(shown) * mean * len(heads) > (seen - fixed) * sum(shown)
+        capped = most <= self.floor or bool(whole) or max(shown) * mean * len(heads) > (most - fixed) * sum(shown)
         key = (b, total, tuple(weights), tuple(known), seen if capped else None, self.floor)
         if key not in self._solved:
             index = [i for i, k in enumerate(known) if k]
-            per = [heads[i] // unit[i] for i in index]
-            floors = [(min(self.floor, seen) - fixed) * p for p in per]
-            free = max(total - fixed * sum(per), sum(floors))
-            table = solve(free, shown, floors, [(seen - fixed) * p for p in per])
+            per = [free[i] // unit[i] for i in index]
+            floors = [(min(self.floor, most) - fixed) * p for p in per]
+            rest = max(total - fixed * sum(per), sum(floors))
+            table = solve(rest, shown, floors, [(most - fixed) * p for p in per])
             shares = [0] * len(heads)
             for i, p, entries in zip(index, per, table, strict=True):
-                shares[i] = (fixed * p + entries) * unit[i]
+                shares[i] = pinned[i] * seen + (fixed * p + entries) * unit[i]
             if len(self._solved) > 256:
                 self._solved.clear()
             self._solved[key] = shares
+        return self._solved[key]
+
+    def aside(self, b: int) -> list[int]:
+        """Entries of sequence b that each layer's destination may hold in segments of its own, over all KV heads."""
+        shares, seen = self.shares(b), self._until(b)
+        heads = [layer.num_kv_heads for layer in self.layers]
+        payload = self.budget.amount // self._batch_size() - self.overhead - sum(heads) * self.cost.fixed
+        total = int((payload - sum(shares) * self.cost.per_entry) / self.cost.aside)
+        key = (b, "aside", total, seen, *shares)
+        if key not in self._solved:
+            caps = [seen * h - share for h, share in zip(heads, shares, strict=True)]
+            self._solved[key] = solve(max(total, 0), [1.0] * len(heads), 0, caps)
         return self._solved[key]
 
     def after_attention(self, index: int, view: View, *, finish: bool = True) -> None:
@@ -165,6 +199,8 @@ class Enforcer:
             self.measured = [[] for _ in self.layers]
         if self.parts.scorer is not None:
             self.parts.scorer.observe(view)
+            if self.parts.destination is not None:
+                self.parts.destination.observe(view)
             allocator = self.parts.layers
             last = self.measured[index] or [None] * layer.batch_size
             if allocator is not None and allocator.measures:
@@ -211,16 +247,41 @@ class Enforcer:
         held = layer.evictable()
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
         layer.set_capacity(None if self.budget.kind == "none" else limits)
-        ragged = self.parts.heads is not None
-        over = [
-            sum(held[b]) > limits[b] if ragged else max(held[b]) * heads > limits[b] for b in range(layer.batch_size)
-        ]
-        if not any(over):
-            return
-        fresh = new_tokens or view.new_tokens
-        slack = [self._slack(limit // heads, new) for limit, new in zip(limits, fresh, strict=True)]
-        targets = [max(limit - s * heads, self.floor * heads) for limit, s in zip(limits, slack, strict=True)]
-        self._evict(layer, view, over, [min(t, limit) for t, limit in zip(targets, limits, strict=True)], limits)
+        if self.parts.heads is None:
+            over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
+        else:
+            free, pinned = self._free_in(layer), heads - len(self._free_in(layer))
+            over = [
+                sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
+            ]
+        if any(over):
+            fresh = new_tokens or view.new_tokens
+            targets = [self._target(layer, b, limits[b], fresh[b]) for b in range(layer.batch_size)]
+            self._evict(layer, view, over, targets, limits)
+        if self.cost.aside and self.budget.kind == "bytes":
+            self._limit_aside(layer)
+
+    def _target(self, layer: LayerCache, b: int, limit: int, new_tokens: int) -> int:
+        """Entries to evict down to: the limit, less those that come until the next eviction."""
+        heads = layer.num_kv_heads
+        free = len(self._free_in(layer))
+        seen, until = layer.seen[b], self._until(b)
+        entries = (limit - (heads - free) * until) // max(free, 1)
+        slack = until - seen if self._grows else self._slack(entries, new_tokens)
+        least = (heads - free) * seen + self.floor * free
+        return min(limit, max(limit - slack * heads, least))
+
+    def _limit_aside(self, layer: LayerCache) -> None:
+        """Drops what the destination holds beyond its share, the same from all heads of a sequence that hold enough."""
+        assert self.parts.destination is not None
+        index, heads = self.layers.index(layer), layer.num_kv_heads
+        held = [sum(rows) for rows in zip(*(segment.lengths for segment in layer.front), strict=True)]
+        counts = []
+        for b in range(layer.batch_size if held else 0):
+            own = held[b * heads : (b + 1) * heads]
+            counts += solve(self.aside(b)[index], [1.0] * heads, 0, own)
+        if counts != held:
+            self.parts.destination.limit(layer, counts)
 
     def _rank(self, allocator: LayerAllocator) -> bool:
         """Measures all layers' shares by ranking their entries together; False when nothing has to leave."""
@@ -246,7 +307,7 @@ class Enforcer:
 
     def _mean(self, b: int) -> float:
         """`mean_entries` of sequence b; a fraction is one of its declared length while a prefill knows that."""
-        seen = self.layers[0].seen[b]
+        seen = self._until(b)
         if self.budget.kind == "fraction" and self.declared is not None:
             seen = max(seen, self.declared[b])
         return self.mean_entries(seen)
@@ -263,7 +324,12 @@ class Enforcer:
             if not over[b]:
                 split = held[b]
             elif self.parts.heads is not None:
-                split = self.parts.heads.split(scores[b], protected[b], valid[b], target)
+                split = list(held[b])
+                free = self._free_in(layer)
+                rest = target - sum(held[b]) + sum(held[b][h] for h in free)
+                shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest)
+                for h, entries in zip(free, shared, strict=True):
+                    split[h] = entries
             else:
                 split = [target // heads] * heads
             counts[b] = torch.tensor(split, device=scores.device)
@@ -300,6 +366,57 @@ class Enforcer:
         """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""
         every = min(self.parts.trigger.every, max(1, entries // 8))
         return every - 1 if 0 < new_queries <= every else 0
+
+    @property
+    def _grows(self) -> bool:
+        """Whether shares of a byte budget shrink as the text grows, for something else that grows with it."""
+        return self.budget.kind == "bytes" and bool(self.cost.aside or sum(self._pinned()))
+
+    def _until(self, b: int) -> int:
+        """The length that shares of sequence b are made for.
+
+        Where they shrink with the length (`_grows`), it is that at the end of a stretch of small steps, the same for all
+        layers, so that what one layer still holds and another one already may add up to no more than the budget.
+        """
+        seen = self.layers[0].seen[b]
+        if not self._grows:
+            return seen
+        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        free = max(heads - pinned, 1)
+        # Where entries go aside, stretches have one length for all texts: those of a new grid could end earlier.
+        mean = (self.mean_entries(FAR if self.cost.aside else seen) * heads - pinned * seen) / free
+        if self.parts.heads is not None:
+            mean = min(mean, self.parts.heads.most(seen))
+        every = min(self.parts.trigger.every, max(1, int(mean) // 8))
+        if pinned:  # which grow to the end of the stretch too
+            every = min(every, 1 + max(0, int((mean - self.floor) * free / pinned)))
+        return -(-seen // every) * every
+
+    def _free_in(self, layer: LayerCache) -> list[int]:
+        """KV heads of a layer that do not keep everything."""
+        pinned = () if self.parts.heads is None else self.parts.heads.pinned(layer.layer_idx)
+        return [h for h in range(layer.num_kv_heads) if h not in pinned]
+
+    def _pinned(self) -> list[int]:
+        """How many KV heads of each layer keep everything."""
+        return [layer.num_kv_heads - len(self._free_in(layer)) for layer in self.layers]
+
+    def _admit_pinned(self, longest: int, batch_size: int) -> None:
+        """Raises BudgetError when heads that keep everything leave the others too little at this length."""
+        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        if not pinned or self.budget.kind not in ("tokens", "bytes"):
+            return
+        need = pinned * longest + (heads - pinned) * min(self.floor, longest)
+        if need <= int(self.mean_entries(longest, batch_size) * heads):
+            return
+        remedy = f"{-(-need // heads)} tokens"
+        if self.budget.kind == "bytes":
+            nbytes = batch_size * (int(need * self.cost.per_entry + heads * self.cost.fixed + 1) + self.overhead)
+            remedy = f"{nbytes}B ({format_bytes(nbytes)})"
+        raise BudgetError(
+            f"{self.text} keeps {pinned} of {heads} KV heads whole, and {longest} tokens of those do not fit into "
+            f"{self.budget}; give at least {remedy}"
+        )
 
     def _acts(self) -> bool:
         return not (self.suspended or (self.parts.trigger.after_prefill and self.filled))

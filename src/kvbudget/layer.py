@@ -47,6 +47,7 @@ class AttentionCall:
 class LayerCache:
     """Entries of one layer: ``front`` segments (a destination's own) and ``main`` segments (what the policy evicts from).
 
+    ``statistics`` are a destination's own tensors per row ``[R, ...]``, which are replaced and never written in place.
     ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
     number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
     """
@@ -69,6 +70,7 @@ class LayerCache:
         self.rotation = rotation
         self.main: list[Segment] = []
         self.front: list[Segment] = []
+        self.statistics: dict[str, Tensor] = {}
         self.seen: list[int] = []
         self.apart = 0
         self.shift: list[int] | None = None
@@ -218,7 +220,7 @@ class LayerCache:
 
     def tensors(self) -> list[Tensor]:
         """Every resident tensor of the layer."""
-        return [tensor for segment in self.segments for tensor in segment.tensors()]
+        return [tensor for segment in self.segments for tensor in segment.tensors()] + list(self.statistics.values())
 
     def parts(self) -> dict[str, int]:
         """Resident bytes by what they hold."""
@@ -226,6 +228,9 @@ class LayerCache:
         for segment in self.segments:
             for name, size in segment.parts().items():
                 parts[name] = parts.get(name, 0) + size
+        if self.statistics:
+            sizes = [column.untyped_storage().nbytes() for column in self.statistics.values()]
+            parts["states"] = parts.get("states", 0) + sum(sizes)
         return parts
 
     def set_capacity(self, capacity: list[int] | None) -> None:
@@ -290,6 +295,7 @@ class LayerCache:
         rows = [b * heads + h for b in index for h in range(heads)]
         for segment in self.segments:
             segment.select_rows(rows)
+        self.statistics = {name: column[rows] for name, column in self.statistics.items()}
         self.paged = [self.paged[r] for r in rows]
         self.seen = [self.seen[b] for b in index]
         if self.shift is not None:
@@ -302,6 +308,7 @@ class LayerCache:
         other.__dict__.update(self.__dict__)
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
+        other.statistics = dict(self.statistics)
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
@@ -315,7 +322,10 @@ class LayerCache:
             for r in range(self.num_rows):
                 positions = segment.meta.row("position", r) if segment.lengths[r] else None
                 if positions is not None:
+                    assert bool((positions[1:] > positions[:-1]).all()), "entries are not in position order"
                     assert int(positions[-1]) < self.seen[r // self.num_kv_heads], "an entry from the future"
+        for name, column in self.statistics.items():
+            assert len(column) == self.num_rows, f"{len(column)} rows of {name} in a layer of {self.num_rows}"
 
     def _held(self, call: AttentionCall, tail: int) -> Iterator[Partial]:
         """Partials over the segments; ``tail`` newest entries of the last one belong to the queries themselves."""

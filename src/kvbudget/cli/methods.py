@@ -74,7 +74,7 @@ def examples(kind: type[Recipe]) -> list[str]:
     lines = [f"kvbudget calibrate {kind.name} --model smollm2-135m"] if "calibration" in kind.needs else []
     budget = "" if "scorer" not in roles and "plan" not in roles else " --budget 25%"
     lines.append(f'kvbudget run --model smollm2-135m --policy {policy}{budget} --prompt-file long.txt --question "..."')
-    changed = next((f for f in fields(kind) if f.default is not MISSING), None)  # type: ignore[arg-type]
+    changed = next((f for f in fields(kind) if f.repr and f.default is not MISSING), None)  # type: ignore[arg-type]
     if changed is not None:
         policy = f"{policy}({changed.name}={changed.default!r})"
     partner = "kivi(bits=4)" if "codec" not in roles else "snapkv"
@@ -103,6 +103,7 @@ def _parameters(kind: type[Recipe], text: str) -> list[dict[str, Any]]:
             "meaning": meaning.get(field.name, ""),
         }
         for field in fields(kind)  # type: ignore[arg-type]
+        if field.repr
     ]
 
 

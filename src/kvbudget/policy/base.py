@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
+    from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
     from kvbudget.policy.view import View
 
@@ -83,7 +84,23 @@ class LayerAllocator(Part, ABC):
 
 @dataclass(frozen=True)
 class HeadAllocator(Part, ABC):
-    """Shares a layer's entries out over its KV heads."""
+    """Shares a layer's entries out over its KV heads.
+
+    Heads that are `pinned` keep every entry; the budget is solved for what is left to the others, and `split` sees those
+    alone. ``bounded`` says that `most` limits them without any budget.
+    """
+
+    @property
+    def bounded(self) -> bool:
+        return False
+
+    def pinned(self, layer_idx: int) -> tuple[int, ...]:
+        """KV heads of one layer of the model that keep everything."""
+        return ()
+
+    def most(self, seen: int) -> int:
+        """Entries that a head that is not pinned keeps at most, of ``seen`` tokens."""
+        return seen
 
     @abstractmethod
     def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
@@ -128,18 +145,31 @@ class Destination(Part, ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
 
-    def main_entries(self, nbytes: float, per_entry: float, seen: int) -> float:
-        """Entries per KV head that stay in place when a head may hold ``nbytes``, entries cost ``per_entry`` bytes in
-        place, and ``seen`` tokens have been seen."""
-        return nbytes / per_entry
+    def entry_bytes(self, key_dim: int, value_dim: int) -> float:
+        """Bytes of one entry in the destination's own segments; 0 when their size does not grow with their number."""
+        return 0.0
 
     def fixed_bytes(self, key_dim: int, value_dim: int, itemsize: int) -> float:
         """Bytes per sequence and KV head that the destination may hold beside the entries, whatever their number."""
         return 0.0
 
+    def main_entries(self, nbytes: float, cost: EntryCost, seen: int, floor: int) -> float:
+        """Entries per KV head that stay in place when a head may hold ``nbytes`` and ``seen`` tokens have been seen.
+
+        At least ``floor`` of them (as far as seen) have to; what is left of ``nbytes`` goes to the own segments.
+        """
+        return nbytes / cost.per_entry
+
+    def observe(self, view: View) -> None:
+        """Updates ``view.layer.statistics`` after the attention of a forward, before anything is evicted."""
+
     @abstractmethod
     def receive(self, layer: LayerCache, evicted: Evicted) -> None:
         """Takes the evicted entries after the kept ones have been gathered."""
+
+    def limit(self, layer: LayerCache, counts: Sequence[int]) -> None:
+        """Drops what the own segments hold beyond ``counts[r]`` entries of each row (a byte budget ends there)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -227,10 +257,15 @@ class Recipe:
         """
         return self
 
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Names and defaults of what a user may set; fields with ``repr=False`` are what `bind` loads."""
+        return {f.name: f.default for f in fields(cls) if f.repr}  # type: ignore[arg-type]
+
+    def changed(self) -> dict[str, Any]:
+        """Parameters that differ from their defaults."""
+        return {name: x for name, default in self.parameters().items() if (x := getattr(self, name)) != default}
+
     def __str__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)  # type: ignore[arg-type]
-            if getattr(self, f.name) != f.default
-        ]
+        changed = [f"{name}={value!r}" for name, value in self.changed().items()]
         return self.name + (f"({', '.join(changed)})" if changed else "")

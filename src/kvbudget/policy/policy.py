@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Policy:
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes the policy as YAML: a list of recipe names, with parameters where they differ from the defaults."""
-        items = [{r.name: changed} if (changed := _changed(r)) else r.name for r in self.recipes]
+        items = [{r.name: changed} if (changed := r.changed()) else r.name for r in self.recipes]
         Path(path).write_text(yaml.safe_dump({"policy": items}, sort_keys=False), encoding="utf-8")
 
 
@@ -117,13 +117,13 @@ def build(registry: Mapping[str, type[Recipe]], name: str, parameters: Mapping[s
     if name not in known:
         raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
     kind = known[name]
-    declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    declared = kind.parameters()
     for key, value in parameters.items():
         if key not in declared:
             if not declared:
                 raise PolicyError(f"{kind.name} takes no parameters, got {key}={value!r}")
             raise PolicyError(f"{kind.name} has no parameter {key!r}{nearest(key, declared)}")
-        default = declared[key].default
+        default = declared[key]
         if default is not MISSING and default is not None and not _fits(value, default):
             raise PolicyError(
                 f"{kind.name}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
@@ -181,14 +181,6 @@ def _fits(value: Any, default: Any) -> bool:
 
 def _article(name: str) -> str:
     return {"int": "a whole number", "float": "a number", "str": "a word", "bool": "True or False"}.get(name, name)
-
-
-def _changed(recipe: Recipe) -> dict[str, Any]:
-    return {
-        f.name: getattr(recipe, f.name)
-        for f in fields(recipe)  # type: ignore[arg-type]
-        if getattr(recipe, f.name) != f.default
-    }
 
 
 def _both(one: Protect, other: Protect) -> Protect:

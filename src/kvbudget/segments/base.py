@@ -90,6 +90,13 @@ class Segment(ABC):
         """Values in full precision, padded: ``[R, longest, Dv]``."""
 
     @abstractmethod
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys ``[n, D]`` and values ``[n, Dv]`` of a row's newest n entries, as views that may be written in place.
+
+        Those are all that lie in full precision on both sides; storages that a fork reads too are copied first.
+        """
+
+    @abstractmethod
     def take(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the entries where ``keep [R, longest]`` is set and frees the others' memory."""
 
@@ -154,7 +161,3 @@ class Segment(ABC):
         """Raises AssertionError when tables disagree."""
         for table in self.tables():
             table.check_integrity()
-        for r in range(self.num_rows):
-            positions = self.meta.row("position", r) if "position" in self.meta.columns else None
-            if positions is not None and positions.numel() > 1:
-                assert bool((positions[1:] > positions[:-1]).all()), "entries are not in position order"

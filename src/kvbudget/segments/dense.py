@@ -43,6 +43,11 @@ class DenseSegment(Segment):
     def values(self) -> Tensor:
         return self.meta.padded("value")
 
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        self.meta.own("key")
+        self.meta.own("value")
+        return self.meta.row("key", row), self.meta.row("value", row)
+
     def take(self, keep: Tensor, spare: int = 0) -> None:
         self.meta.take(keep, spare)
 

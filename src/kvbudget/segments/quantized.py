@@ -138,6 +138,19 @@ class QuantizedSegment(Segment):
     def values(self) -> Tensor:
         return self.value.padded()
 
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        assert self.balance is None, "balanced keys are not the model's keys"
+        plain = min(self.key.tail.lengths[row], self.value.tail.lengths[row])
+        for store in (self.key, self.value):
+            store.tail.own("data")
+        key, value = (store.tail.row("data", row) for store in (self.key, self.value))
+        return key[len(key) - plain :], value[len(value) - plain :]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        if self.balance is not None:
+            self.balance = self.balance[list(rows)]
+
     def take(self, keep: Tensor, spare: int = 0) -> None:
         self.meta.take(keep, spare)
         keep = keep.cpu()

@@ -1,0 +1,34 @@
+"""Allocator over heads in which some heads keep everything and the others the same number of entries."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvbudget.budget import solve
+from kvbudget.policy.base import HeadAllocator
+
+
+@dataclass(frozen=True)
+class PinnedHeads(HeadAllocator):
+    """Heads ``heads[layer_idx]`` keep every entry; the budget is solved for what all others keep (RazorAttention).
+
+    With a ``window``, those keep no more than ``sinks + max(window, seen / compression)``, whatever the budget allows.
+    """
+
+    heads: tuple[tuple[int, ...], ...] = ()
+    sinks: int = 0
+    window: int = 0
+    compression: float = 5.0
+
+    @property
+    def bounded(self) -> bool:
+        return self.window > 0
+
+    def pinned(self, layer_idx: int) -> tuple[int, ...]:
+        return self.heads[layer_idx] if self.heads else ()
+
+    def most(self, seen: int) -> int:
+        return min(seen, self.sinks + max(self.window, int(seen / self.compression))) if self.window else seen
+
+    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
+        return solve(total, [1.0] * len(valid), 0, valid.sum(-1))
