@@ -97,13 +97,13 @@ def any_contained(answer: str, references: Sequence[str]) -> float:
 
 
 def choice(answer: str, reference: str) -> float:
-    """Whether an answer says that the right choice, one of A to D, is correct (LongBench v2).
+    """Whether an answer says "The correct answer is (X)" with the letter of the reference sentence (LongBench v2).
 
-    >>> choice("The correct answer is (B).", "B"), choice("It might be B.", "B")
+    >>> choice("So: The correct answer is B.", "The correct answer is (B)"), choice("B", "The correct answer is (B)")
     (1.0, 0.0)
     """
-    found = re.search(r"The correct answer is \(?([A-D])\b", answer.replace("*", ""))
-    return float(found is not None and found.group(1) == reference)
+    given, wanted = (re.search(r"The correct answer is \(?([A-D])\b", text.replace("*", "")) for text in (answer, reference))
+    return float(given is not None and wanted is not None and given.group(1) == wanted.group(1))
 
 
 def _words(text: str) -> list[str]:
