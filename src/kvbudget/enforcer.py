@@ -335,6 +335,7 @@ class Enforcer:
             counts[b] = torch.tensor(split, device=scores.device)
         if self.parts.protect.recent_share:
             recent = (counts * self.parts.protect.recent_share).long()
+            recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
             protected = protected | (newest(view.positions, recent) & valid)
         units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads)) if self._in_units(layer) else None
         keep = select(scores, protected, valid, counts, units).flatten(0, 1)
