@@ -121,20 +121,20 @@ class RaggedTable:
         even = self.uniform and len(set(counts)) == 1
         where = self._destination([] if even else counts)
         for name in self.columns if any(counts) else ():
-            column, values = self.own(name), new.get(name)
+            column, cells = self.own(name), new.get(name)
             if even:
                 at = slice(self.lengths[0], needed[0])
                 target = column.view(self.num_rows, self.capacities[0], *column.shape[1:])[:, at]
-                if values is None:
+                if cells is None:
                     target.zero_()
                 else:
-                    target.copy_(values.reshape(target.shape))
+                    target.copy_(cells.reshape(target.shape))
             else:
                 where = where.to(column.device)
-                if values is None:
+                if cells is None:
                     column.index_fill_(0, where, 0)
                 else:
-                    column.index_copy_(0, where, values.to(column.dtype))
+                    column.index_copy_(0, where, cells.to(column.dtype))
         self.lengths = needed
 
     def reserve(self, capacities: Sequence[int]) -> None:
