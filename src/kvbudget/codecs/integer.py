@@ -55,6 +55,8 @@ class TokenQuant(Codec):
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        if self.group < 1:
+            raise PolicyError(f"a group of {self.group} channels holds nothing to quantize; give at least 1")
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         group = _divisor(x.shape[-1], self.group)
@@ -85,6 +87,8 @@ class ChannelQuant(Codec):
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        if self.unit < 1:
+            raise PolicyError(f"a group of {self.unit} entries holds nothing to quantize; give at least 1")
         if self.residual % self.unit:
             raise PolicyError(
                 f"residual {self.residual} is not a multiple of the group of {self.unit} entries; "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,6 +28,10 @@ class Policy:
     """
 
     recipes: tuple[Recipe, ...]
+
+    def __post_init__(self) -> None:
+        for recipe in self.recipes:
+            checked(type(recipe), {name: getattr(recipe, name) for name in recipe.parameters()})
 
     def __str__(self) -> str:
         return "+".join(map(str, self.recipes))
@@ -92,7 +97,10 @@ class Policy:
     def to_yaml(self, path: str | Path) -> None:
         """Writes the policy as YAML: a list of recipe names, with parameters where they differ from the defaults."""
         items = [{r.name: changed} if (changed := r.changed()) else r.name for r in self.recipes]
-        Path(path).write_text(yaml.safe_dump({"policy": items}, sort_keys=False), encoding="utf-8")
+        try:
+            Path(path).write_text(yaml.safe_dump({"policy": items}, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise PolicyError(f"policy file {str(path)!r} cannot be written: {error}") from error
 
 
 def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -104,9 +112,10 @@ def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         return [_term(node) for node in _summands(tree)]
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
         raise PolicyError(
-            f"policy {text!r} cannot be read; write methods joined by +, with parameters in parentheses, "
+            f"policy {shown!r} cannot be read; write methods joined by +, with named parameters in parentheses, "
             "such as snapkv(window=64)+adakv+kivi(bits=4)"
         ) from error
 
@@ -116,19 +125,34 @@ def build(registry: Mapping[str, type[Recipe]], name: str, parameters: Mapping[s
     known = {alias: kind for kind in registry.values() for alias in (kind.name, *kind.aliases)}
     if name not in known:
         raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
-    kind = known[name]
+    return known[name](**checked(known[name], parameters))
+
+
+def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in the types that the recipe declares (lists as tuples, whole numbers as floats where it has floats).
+
+    Raises:
+        PolicyError: for a name that the recipe does not have, a value of another type, a word that is none of its
+            choices, and numbers that are negative or not finite.
+    """
     declared = kind.parameters()
+    values = {}
     for key, value in parameters.items():
         if key not in declared:
             if not declared:
                 raise PolicyError(f"{kind.name} takes no parameters, got {key}={value!r}")
             raise PolicyError(f"{kind.name} has no parameter {key!r}{nearest(key, declared)}")
         default = declared[key]
+        value = _hashable(value, f"{kind.name}: {key}={value!r}")
         if default is not MISSING and default is not None and not _fits(value, default):
             raise PolicyError(
                 f"{kind.name}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
             )
-    return kind(**parameters)
+        choices = _choices(kind).get(key)
+        if choices is not None and value not in choices:
+            raise PolicyError(f"{kind.name}: {key}={value!r} is not one of its values{nearest(str(value), choices)}")
+        values[key] = float(value) if isinstance(default, float) else value
+    return values
 
 
 def read_yaml(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -144,31 +168,54 @@ def read_yaml(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         raise PolicyError(f"policy file {str(path)!r} has no list under 'policy:'")
     terms: list[tuple[str, dict[str, Any]]] = []
     for item in items:
-        if isinstance(item, str):
-            terms.append((item, {}))
-        elif isinstance(item, dict) and len(item) == 1 and isinstance(next(iter(item.values())), dict):
-            terms.append(next(iter(item.items())))
-        else:
+        name, parameters = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
+        if (
+            not isinstance(name, str)
+            or not isinstance(parameters, dict)
+            or not all(isinstance(k, str) for k in parameters)
+        ):
             raise PolicyError(f"policy file {str(path)!r}: {item!r} is neither a name nor one name with parameters")
+        terms.append((name, parameters))
     return terms
 
 
 def _summands(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [*_summands(node.left), node.right]
-    return [node]
+    terms: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        terms.append(node.right)
+        node = node.left
+    return [node, *reversed(terms)]
 
 
 def _term(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if isinstance(node, ast.Name):
         return node.id, {}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return node.func.id, {str(k.arg): _value(k.value) for k in node.keywords if k.arg}
+        names = [keyword.arg for keyword in node.keywords]
+        if None not in names and len(set(names)) == len(names):
+            return node.func.id, {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
     raise ValueError("not a method")
 
 
 def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _hashable(value: Any, what: str) -> Any:
+    """The value with lists as tuples; refuses what cannot be printed and read back."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item, what) for item in value)
+    if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        raise PolicyError(f"{what} must be a number from 0 on")
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise PolicyError(f"{what} must be a number, a word, True, False or a list of these")
+    return value
+
+
+def _choices(kind: type[Recipe]) -> dict[str, tuple[str, ...]]:
+    """The words that a parameter declared as a Literal may be."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _fits(value: Any, default: Any) -> bool:

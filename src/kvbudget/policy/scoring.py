@@ -5,8 +5,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvbudget.errors import PolicyError
+
 Reduction = Literal["mean", "max", "sum"]
 Pooling = Literal["avg", "max", "none"]
+
+
+def check_window(window: int) -> None:
+    """Raises PolicyError for an observation window without queries."""
+    if window < 1:
+        raise PolicyError(f"window={window} leaves no query that could judge entries; give at least 1")
 
 
 def pool(scores: Tensor, kernel: int, how: Pooling = "avg") -> Tensor:

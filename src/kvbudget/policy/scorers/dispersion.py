@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.policy.base import LayerAllocator, Scorer
-from kvbudget.policy.scoring import pool
+from kvbudget.policy.scoring import check_window, pool
 from kvbudget.policy.view import View
 
 
@@ -44,6 +44,9 @@ class MeanVariance(Scorer):
     gamma: float = 200.0
     kernel: int = 5
 
+    def __post_init__(self) -> None:
+        check_window(self.window)
+
     def observe(self, view: View) -> None:
         _, mean, variance, queries = _window(view, self.window)
         score = pool((mean + self.gamma * variance).mean(2), self.kernel)
@@ -76,6 +79,7 @@ class Dispersion(LayerAllocator):
         entropy = -(weights * torch.log(weights + 1e-10)).sum((1, 2, 3, 4)).double() / queries.clamp_min(1)
         shift = variance.sum((1, 2, 3)).double()
         fresh = entropy.clamp_min(0.0) ** (1 / self.tau1) * shift ** (1 / self.tau2)
+        fresh = fresh.nan_to_num(nan=0.0, posinf=1e300)  # tiny temperatures leave the range of numbers
         part = (queries / self.window).tolist()
         return [
             old if not use else new if old is None else (1 - p) * old + p * new

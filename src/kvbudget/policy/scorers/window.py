@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import Pooling, Reduction, pool
+from kvbudget.policy.scoring import Pooling, Reduction, check_window, pool
 from kvbudget.policy.view import View
 
 
@@ -28,6 +28,9 @@ class WindowAttention(Scorer):
     kernel: int = 5
     pooling: Pooling = "avg"
     reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
 
     def observe(self, view: View) -> None:
         decay = [max(0.0, 1.0 - new / self.window) for new in view.new_tokens]
