@@ -37,11 +37,13 @@ def choose(
     1. No budget, or a budget that holds all ``length + new_tokens`` tokens: the full cache.
     2. Bytes that hold all of them at 4 bits: quantization, since nothing has to leave.
     3. A budget too small for an observation window: sinks and recent tokens.
-    4. More tokens to be generated than there is prompt: a scorer whose votes go on while decoding.
+    4. More tokens to be generated than there is prompt: votes of the newest tokens, which go on while decoding.
     5. A question that is unknown when the context is compressed: context reconstruction where a plan can run
        (``can_prefill``) and the budget is not in bytes; else retrieval heads, where they have been calibrated and half of
-       the text fits; else votes of the newest tokens, with heads that compete.
-    6. A question that is visible, or nothing known about it: votes of the newest tokens, with heads that compete.
+       the text fits.
+    6. Otherwise votes of the newest tokens, with heads that compete.
+
+    In 4 and 6, what stays is quantized too, where bytes then hold more than twice as many entries.
 
     Args:
         model: the model to be served, for the bytes of an entry and for its calibrations.
@@ -59,12 +61,14 @@ def choose(
     if budget.kind == "bytes" and total is not None and _entries(model, budget, QUANTIZED, total) >= total:
         return Choice(QUANTIZED, f"all {total} tokens fit into {budget} at 4 bits, so nothing has to leave")
     share = "" if total is None else f" and {min(1.0, room / total):.0%} of the text fits"
-    if room < 2 * _window():
-        return Choice(
-            "streaming_llm", f"{budget} holds about {int(room)} tokens, too few to observe a window of queries"
-        )
+    coded = _entries(model, budget, QUANTIZED, total) if budget.kind == "bytes" else 0.0
+    if max(room, coded) < 2 * _window():
+        return Choice("streaming_llm", f"room for {int(room)} tokens is too little to observe a window of queries")
+    codec, also = (f"+{QUANTIZED}", "; 4 bits hold more than twice as many") if coded > 2 * room else ("", "")
     if length is not None and new_tokens > length:
-        return Choice("snapkv", f"most tokens are still to be generated{share}: its votes go on while decoding")
+        return Choice(
+            f"snapkv{codec}", f"most tokens are still to be generated{share}: votes go on while decoding{also}"
+        )
     if question_visible is False:
         if can_prefill and budget.kind != "bytes":
             return Choice("kvzip", f"the question is unknown when the context is compressed{share}")
@@ -72,11 +76,12 @@ def choose(
             return Choice(
                 "razor_attention", f"the question is unknown{share}, and this model's retrieval heads are calibrated"
             )
-        return Choice(
-            "snapkv+adakv", f"the question is unknown{share}, and a plan cannot run here: heads compete for entries"
-        )
-    known = "the question is visible" if question_visible else "nothing is known about the question"
-    return Choice("snapkv+adakv", f"{known}{share}: the newest tokens vote, and heads compete for entries")
+    known = "nothing is known about the question"
+    if question_visible is not None:
+        known = "the question is visible" if question_visible else "the question is unknown and no plan can run"
+    return Choice(
+        f"snapkv+adakv{codec}", f"{known}{share}: the newest tokens vote, and heads compete for entries{also}"
+    )
 
 
 def calibrated(model: PreTrainedModel) -> tuple[str, ...]:

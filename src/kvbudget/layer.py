@@ -121,9 +121,11 @@ class LayerCache:
         return out, lse
 
     def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward`, but leaves the new tokens out of the cache; also returns their own part of the lse."""
-        own = self._inside(call)
-        return *self._join(call, [*self._held(call, tail=0), own]), own.lse.view(call.query.shape[:3])
+        """As `forward`, but leaves the new tokens out of the cache; also returns what held entries do not add to the lse."""
+        inside = self._inside(call)
+        out, lse = self._join(call, [*self._held(call, tail=0), inside])
+        own = inside.lse.view(lse.shape)
+        return out, lse, own if call.sink is None else torch.logaddexp(own, call.sink.float()[:, None])
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""

@@ -11,6 +11,7 @@ from functools import singledispatch
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,31 +34,33 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """The token ids that a cache has been filled with, ``[B, columns]`` (padding included), to check what follows.
+    """The token ids that a cache has been filled with, int32 ``[B, columns]`` (padding included), to check what follows.
 
-    ``blind`` says that entries were evicted before the last chunk came, so that its tokens had no say in it. The ids are
-    the text itself, 4 bytes a token outside of the budget; whatever `generate` adds by itself is not among them.
+    They are the text itself, not the cache: 4 bytes a token of ordinary memory, outside of the budget. What `generate` adds
+    by itself is not among them. ``blind`` says that entries were evicted before the last chunk came, so that its tokens
+    had no say in it.
     """
 
-    ids: Tensor
+    ids: np.ndarray
     blind: bool = False
 
     @classmethod
     def of(cls, ids: Tensor, blind: bool = False) -> Prefilled:
-        """Remembers ``ids``."""
-        return cls(ids.to("cpu", torch.int32), blind)
+        """Remembers a copy of ``ids``."""
+        return cls(ids.to("cpu", torch.int32, copy=True).numpy(), blind)
 
     def check(self, ids: Tensor) -> None:
         """Raises CacheError unless ``ids [B, T]`` begin as remembered, naming the first position that differs."""
         known = self.ids.shape[1]
-        differs = (ids[:, :known].cpu() != self.ids).nonzero()
-        if len(differs):
-            b, position = differs[differs[:, 1].argmin()].tolist()
+        rows, positions = (ids[:, :known].cpu().numpy() != self.ids).nonzero()
+        if len(rows):
+            first = positions.argmin()
+            b, position = int(rows[first]), int(positions[first])
             where = f" of sequence {b}" if len(ids) > 1 else ""
             raise CacheError(
                 f"input_ids{where} have token {int(ids[b, position])} at position {position}, where the cache has seen token "
-                f"{int(self.ids[b, position])}; a continuation must begin with the {known} tokens seen (text that is "
-                "tokenized again can differ). Start over with cache.reset(), or go on from a fork made before"
+                f"{self.ids[b, position]}; a continuation must begin with the {known} tokens seen (text that is tokenized "
+                "again can differ). Start over with cache.reset(), or go on from a fork made before"
             )
 
     def first(self, columns: int) -> Prefilled:
@@ -118,8 +121,7 @@ def prefill(
     before, cache.prefilled = cache.prefilled, cache.prefilled or Prefilled.of(ids[:, :0])
     cache.enforcer.declared = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     try:
-        # Tensors made in inference mode could not be changed in place by a later call outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return run(plan, job)
     finally:
         cache.enforcer.declared = None
@@ -186,8 +188,8 @@ class Prefill:
         ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.ids.device)
         real = torch.zeros(len(rows), width, dtype=torch.bool, device=self.ids.device)
         for b, row in enumerate(rows):
-            ids[b, width - len(row) :] = torch.tensor(row)
-            real[b, width - len(row) :] = True
+            ids[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+            real[b, : len(row)] = True
         other = copy.copy(self)
         seen = cache.get_seq_length()
         other.ids = torch.cat([self.ids[:, :seen], ids], dim=1)
@@ -201,7 +203,7 @@ class Prefill:
         except _Judged:
             pass
         finally:
-            cache.probing = None
+            cache.probing = cache.broken = cache._valid = None
         self._advance(int(real.sum()) // len(rows))
 
     def _forward(self, module: Any, start: int, stop: int, **options: Any) -> Any:
@@ -254,9 +256,10 @@ def _(plan: Reconstruct, job: Prefill) -> Tensor:
         logits = job.feed(job.chunk_size or 0)
         for rows, spans in passes:
             job.probe(rows, spans)
-        cache.enforcer.settle_all()
-        for layer in cache.enforcer.layers:
-            layer.finish_forward()
+        with torch.inference_mode():
+            cache.enforcer.settle_all()
+            for layer in cache.enforcer.layers:
+                layer.finish_forward()
     except BaseException:
         cache.broken = cache.broken or f"the plan of {cache.policy}"
         raise

@@ -16,7 +16,7 @@ from kvbudget.policy.view import Queries, View
 
 SMALLEST = 1e-30
 """Least score of an entry that a pass has judged: 0 marks those that none has judged yet."""
-BLOCK = 2**19
+BLOCK = 2**18
 """Logits that are held at a time, per KV head."""
 
 
@@ -47,19 +47,21 @@ class Reconstruction(Scorer):
         return torch.where(state > 0, state, 2.0 + view.positions.float() * 2.0**-22)
 
     def _judge(self, layer: LayerCache, row: int, queries: Queries, span: Span) -> None:
-        """Scores the entries of one row inside ``span`` by ``queries.query [G * n, D]`` with ``own [G * n]``."""
+        """Scores the entries of one row inside ``span`` by ``queries.query [G * n, D]`` with ``lse, own [G * n]``."""
         sinks, _ = _cut(layer, row, (0, min(self.sinks, span[0])))
         chunk, cells = _cut(layer, row, span)
-        best = torch.full((chunk.shape[0],), float("-inf"), device=chunk.device)
+        everything = len(sinks) + len(chunk) == sum(segment.lengths[row] for segment in layer.segments)
+        best = torch.full((len(chunk),), float("-inf"), device=chunk.device)
         assert queries.own is not None
-        size = max(1, BLOCK // max(1, chunk.shape[0]))
-        for query, own in zip(queries.query.split(size), queries.own.split(size), strict=True):
+        size = max(1, BLOCK // max(1, len(chunk)))
+        columns = (queries.query, queries.lse, queries.own)
+        for query, lse, own in zip(*(column.split(size) for column in columns), strict=True):
             query = query.float() * queries.scale
-            parts = [own[:, None], _capped(query @ sinks.T, queries.softcap)]
             logits = _capped(query @ chunk.T, queries.softcap)
-            parts.append(torch.logsumexp(logits, dim=-1, keepdim=True))
-            total = torch.logsumexp(torch.cat(parts, dim=-1), dim=-1, keepdim=True)
-            torch.maximum(best, logits.sub_(total).amax(0), out=best)
+            if not everything:
+                first = _capped(query @ sinks.T, queries.softcap)
+                lse = torch.stack([own, torch.logsumexp(first, -1), torch.logsumexp(logits, -1)]).logsumexp(0)
+            torch.maximum(best, logits.sub_(lse[:, None]).amax(0), out=best)
         score = best.exp().clamp_min(SMALLEST)
         for segment, begin, end in cells:
             segment.meta.own("score")
@@ -119,8 +121,8 @@ def _of_head(queries: Queries, b: int, h: int, heads: int) -> Queries:
     groups = queries.query.shape[1] // heads
     at = slice(h * groups, (h + 1) * groups)
     real = slice(None) if queries.valid is None else queries.valid[b]
-    query, own = queries.query[b, at][:, real].flatten(0, 1), queries.own[b, at][:, real].flatten()
-    return Queries(query, own, queries.scale, queries.softcap, own=own)
+    query, lse, own = (x[b, at][:, real].flatten(0, 1) for x in (queries.query, queries.lse, queries.own))
+    return Queries(query, lse, queries.scale, queries.softcap, own=own)
 
 
 def _cut(layer: LayerCache, row: int, span: Span) -> tuple[Tensor, list[tuple[Any, int, int]]]:

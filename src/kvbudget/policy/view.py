@@ -21,7 +21,7 @@ class Queries:
     """The model's own post-RoPE queries of one forward, with the log-sum-exp of their attention.
 
     ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded. ``own`` is the
-    part of ``lse`` that stems from the forward's own tokens (set in the extra passes of a plan, whose tokens are not held).
+    part of ``lse`` that does not stem from held entries (set in the extra passes of a plan, whose tokens are not held).
     """
 
     query: Tensor
