@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Enforcer:
             smallest = self.smallest_bytes(batch_size)
             rows = f" for {batch_size} sequences" if batch_size > 1 else ""
             raise BudgetError(self._too_small(f"give at least {smallest}B ({format_bytes(smallest)}){rows}"))
-        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        pinned, heads = sum(self._pinned), sum(layer.num_kv_heads for layer in self.layers)
         if pinned and kind == "fraction" and amount * heads <= pinned:
             raise BudgetError(
                 f"{self.text} keeps {pinned} of {heads} KV heads whole, which is more than {self.budget}; "
@@ -139,7 +140,7 @@ class Enforcer:
         seen = self._until(b)
         mean = self._mean(b)
         heads = [layer.num_kv_heads for layer in self.layers]
-        pinned = self._pinned()
+        pinned = self._pinned
         free = [h - p for h, p in zip(heads, pinned, strict=True)]
         most = seen if self.parts.heads is None else self.parts.heads.most(seen)
         if mean == float("inf"):
@@ -250,7 +251,7 @@ class Enforcer:
         if self.parts.heads is None:
             over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
         else:
-            free, pinned = self._free_in(layer), heads - len(self._free_in(layer))
+            free, pinned = self._free[index], self._pinned[index]
             over = [
                 sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
             ]
@@ -264,7 +265,7 @@ class Enforcer:
     def _target(self, layer: LayerCache, b: int, limit: int, new_tokens: int) -> int:
         """Entries to evict down to: the limit, less those that come until the next eviction."""
         heads = layer.num_kv_heads
-        free = len(self._free_in(layer))
+        free = len(self._free[self.layers.index(layer)])
         seen, until = layer.seen[b], self._until(b)
         entries = (limit - (heads - free) * until) // max(free, 1)
         slack = until - seen if self._grows else self._slack(entries, new_tokens)
@@ -325,7 +326,7 @@ class Enforcer:
                 split = held[b]
             elif self.parts.heads is not None:
                 split = list(held[b])
-                free = self._free_in(layer)
+                free = self._free[self.layers.index(layer)]
                 rest = target - sum(held[b]) + sum(held[b][h] for h in free)
                 shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest)
                 for h, entries in zip(free, shared, strict=True):
@@ -368,10 +369,10 @@ class Enforcer:
         every = min(self.parts.trigger.every, max(1, entries // 8))
         return every - 1 if 0 < new_queries <= every else 0
 
-    @property
+    @cached_property
     def _grows(self) -> bool:
         """Whether shares of a byte budget shrink as the text grows, for something else that grows with it."""
-        return self.budget.kind == "bytes" and bool(self.cost.aside or sum(self._pinned()))
+        return self.budget.kind == "bytes" and bool(self.cost.aside or sum(self._pinned))
 
     def _until(self, b: int) -> int:
         """The length that shares of sequence b are made for.
@@ -382,7 +383,7 @@ class Enforcer:
         seen = self.layers[0].seen[b]
         if not self._grows:
             return seen
-        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        pinned, heads = sum(self._pinned), sum(layer.num_kv_heads for layer in self.layers)
         free = max(heads - pinned, 1)
         # Where entries go aside, stretches have one length for all texts: those of a new grid could end earlier.
         mean = (self.mean_entries(FAR if self.cost.aside else seen) * heads - pinned * seen) / free
@@ -393,18 +394,22 @@ class Enforcer:
             every = min(every, 1 + max(0, int((mean - self.floor) * free / pinned)))
         return -(-seen // every) * every
 
-    def _free_in(self, layer: LayerCache) -> list[int]:
-        """KV heads of a layer that do not keep everything."""
-        pinned = () if self.parts.heads is None else self.parts.heads.pinned(layer.layer_idx)
-        return [h for h in range(layer.num_kv_heads) if h not in pinned]
+    @cached_property
+    def _free(self) -> list[list[int]]:
+        """KV heads of each layer that do not keep everything."""
+        pinned = [() if self.parts.heads is None else self.parts.heads.pinned(layer.layer_idx) for layer in self.layers]
+        return [
+            [h for h in range(layer.num_kv_heads) if h not in p] for layer, p in zip(self.layers, pinned, strict=True)
+        ]
 
+    @cached_property
     def _pinned(self) -> list[int]:
         """How many KV heads of each layer keep everything."""
-        return [layer.num_kv_heads - len(self._free_in(layer)) for layer in self.layers]
+        return [layer.num_kv_heads - len(free) for layer, free in zip(self.layers, self._free, strict=True)]
 
     def _admit_pinned(self, longest: int, batch_size: int) -> None:
         """Raises BudgetError when heads that keep everything leave the others too little at this length."""
-        pinned, heads = sum(self._pinned()), sum(layer.num_kv_heads for layer in self.layers)
+        pinned, heads = sum(self._pinned), sum(layer.num_kv_heads for layer in self.layers)
         if not pinned or self.budget.kind not in ("tokens", "bytes"):
             return
         need = pinned * longest + (heads - pinned) * min(self.floor, longest)
