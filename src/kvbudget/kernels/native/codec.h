@@ -137,6 +137,8 @@ KV_INLINE float element(const uint8_t* p, Type type, int64_t i) {
   return type == Type::bf16 ? bf16_to_float(h) : half_to_float(h);
 }
 
+KV_INLINE int type_bytes(Type type) { return type == Type::f32 ? 4 : 2; }
+
 // Converts n consecutive elements to float32.
 KV_INLINE void to_float(const uint8_t* p, Type type, int64_t first, int n, float* out) {
   int i = 0;
