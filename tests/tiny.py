@@ -6,7 +6,11 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 128
 MAX_POSITIONS = 1024
@@ -229,6 +233,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **o
         parameter.requires_grad_(False)
         parameter.copy_(_draw(parameter_name, parameter, generator))
     model.generation_config.pad_token_id = PAD_TOKEN_ID
+    model.generation_config.suppress_tokens = [PAD_TOKEN_ID]  # generate() would take it for padding in the next turn
     return model.eval().to(dtype)
 
 
@@ -303,3 +308,13 @@ def in_chunks(
             padding = {"attention_mask": mask[:, :end], "position_ids": position[:, begin:end]}
         outputs.append(model(ids[:, begin:end], past_key_values=past, **padding).logits)
     return torch.cat(outputs, dim=1)
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one id per character from U+0101 to U+017F, so that text and ids determine each other."""
+    vocabulary = {"<pad>": PAD_TOKEN_ID} | {chr(0x100 + i): i for i in range(1, VOCAB_SIZE)}
+    characters = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = Split(Regex("."), "isolated")
+    characters.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", padding_side="left")

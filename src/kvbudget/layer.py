@@ -290,6 +290,7 @@ class LayerCache:
             last.truncate([length - tokens for length in last.lengths])
             self.seen = [seen - tokens for seen in self.seen]
             self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
+            self._limit_room()
 
     def select_sequences(self, index: Sequence[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]``."""
