@@ -196,13 +196,12 @@ class LayerCache:
         for segment in self.main:
             segment.take(keep[:, begin : begin + (width := segment.longest)], spare if segment is self.main[-1] else 0)
             begin += width
-        if not self.apart:
-            self._consolidate(spare)
-            self._limit_room()
-            return
-        if self.shift is None:
+        self._consolidate(spare)
+        if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
+        if not self.apart:
+            return
         gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
 
@@ -412,14 +411,15 @@ class LayerCache:
         self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
 
     def _consolidate(self, spare: int) -> None:
-        """Joins main segments that no fork uses any more, so that forks do not leave a trail of small segments."""
-        if len(self.main) < 2 or any(segment.shared or not isinstance(segment, DenseSegment) for segment in self.main):
+        """Joins dense segments, but for one set apart, so that forks do not leave a trail of small segments."""
+        trail = self.main[0 if self.shift is None else 1 :]
+        if len(trail) < 2 or any(segment.shared or not isinstance(segment, DenseSegment) for segment in trail):
             return
         joined = self.make_segment(self.num_rows)
-        joined.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in self.main), strict=True)])
-        for segment in self.main:
+        joined.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in trail), strict=True)])
+        for segment in trail:
             joined.append(*segment.gather(segment.meta.valid()))
-        self.main = [joined]
+        self.main[len(self.main) - len(trail) :] = [joined]
 
     def _main_lengths(self) -> list[int]:
         return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
