@@ -245,6 +245,8 @@ class KVCache(Cache):
             first = rows.gather(1, column[:, None])[:, 0].tolist()
             columns += int(column.max())
         for b, position in enumerate(first):
+            if valid is not None and not bool(valid[b].any()):
+                continue
             held = seen[min(b, len(seen) - 1)]
             if not held <= position <= columns:
                 raise CacheError(

@@ -58,7 +58,9 @@ def check(cache: KVCache, known: Sequence[Tensor]) -> None:
     cost, heads = cache.enforcer.cost, cache.enforcer.layers[0].num_kv_heads
     entries = [cache.enforcer.mean_entries(seen) for seen in cache.seen]
     # Demoted entries come on top of a budget in entries.
-    rows = [cost.fixed + mean * cost.per_entry + seen * cost.aside for mean, seen in zip(entries, cache.seen, strict=True)]
+    rows = [
+        cost.fixed + mean * cost.per_entry + seen * cost.aside for mean, seen in zip(entries, cache.seen, strict=True)
+    ]
     limit = len(cache.layers) * heads * sum(rows)
     assert resident_bytes(cache, besides=known) <= min(
         limit, cache.budget.amount if cache.budget.kind == "bytes" else limit
@@ -104,23 +106,30 @@ def test_the_budget_holds_in_prefill_and_decode(name, budget, prompt, size):
 @pytest.mark.parametrize(("budget", "steps"), [(64, 12), ("150KiB", 2)])
 @pytest.mark.parametrize("name", EVICTING)
 def test_padded_rows_equal_their_single_runs(name, budget, steps):
+    """Rows of different lengths, then a turn that brings them few, many and no new tokens, then decode steps."""
     model = tiny_model("llama")
-    lengths = (40, 150, 97)
-    texts = [random_text(length + steps, seed=length) for length in lengths]
-    ids, mask = left_padded([text[:, :length] for text, length in zip(texts, lengths, strict=True)])
-    ids = torch.cat([ids, torch.cat([text[:, length:] for text, length in zip(texts, lengths, strict=True)])], dim=1)
-    mask = torch.cat([mask, mask.new_ones(3, steps)], dim=1)
+    lengths, turns = (40, 150, 97), (3, 12, 0)
+    texts = [random_text(length + turn + steps, seed=length) for length, turn in zip(lengths, turns, strict=True)]
+    pieces = []
+    for begins, counts in (
+        ((0, 0, 0), lengths),
+        (lengths, turns),
+        ([a + b for a, b in zip(lengths, turns, strict=True)], [steps] * 3),
+    ):
+        rows = [text[:, begin : begin + n] for text, begin, n in zip(texts, begins, counts, strict=True)]
+        pieces.append(left_padded(rows))
+    ids, mask = (torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True))
     # The second chunk begins inside the padding of one row and inside the text of another.
     batch = new_cache(model, name, budget)
-    logits = feed(model, batch, ids, [70, 80] + [1] * steps, mask)
+    logits = feed(model, batch, ids, [70, 80, 12] + [1] * steps, mask)
     single_budget = budget if isinstance(budget, int) else "50KiB"
-    for b, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+    for b, (text, length, turn) in enumerate(zip(texts, lengths, turns, strict=True)):
         first = max(0, 70 - (150 - length))
         single = new_cache(model, name, single_budget)
-        expected = feed(model, single, text, [n for n in (first, length - first) if n] + [1] * steps)
+        expected = feed(model, single, text, [n for n in (first, length - first, turn) if n] + [1] * steps)
         for layer in range(2):
             assert kept_positions(batch, layer, b) == kept_positions(single, layer)
-        torch.testing.assert_close(logits[b : b + 1, 150 - length :], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (9, 3)], ids=lambda h: f"{h[0]}q{h[1]}kv")
