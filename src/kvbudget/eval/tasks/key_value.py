@@ -27,7 +27,7 @@ class KeyValue(Task):
     name = "key_value"
 
     pairs: int = 16
-    repeats: int = 3
+    repeats: int = 4
     asked: int = 4
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
