@@ -22,6 +22,7 @@ SMALL = {
     "pyramidkv": "snapkv(window=16)+pyramidkv",
     "kivi": "streaming_llm+kivi(residual=32)",
     "random": "random(recent=16)",
+    "lagkv": "lagkv(lag=16)",
     "full": "full",
 }
 ELSEWHERE = {"plan", "calibration", "driver"}
