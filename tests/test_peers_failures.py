@@ -45,7 +45,6 @@ def test_the_installed_transformers_is_one_that_is_supported():
     """A compressor built on hook arguments stops working when a release of transformers drops one of them."""
     (needed,) = [r for r in map(Requirement, requires("kvbudget")) if r.name == "transformers"]
     assert needed.specifier.contains(version("transformers"))
-    assert needed.specifier.filter(["4.57.0", "6.0.0"]) is not None
     assert not list(needed.specifier.filter(["4.57.0", "5.2.0", "6.0.0"])), "only tested releases may be claimed"
 
 
@@ -144,13 +143,12 @@ def test_chunked_prefill_compresses_every_chunk():
     assert {len(row) for layer in kept(past) for row in layer} == {150}
 
 
-@pytest.mark.parametrize("budget", (200, "1GiB"))
-def test_prompt_lookup_speculation(budget: object):
-    """Under compression prompt lookup agrees with plain greedy decoding on 5 tokens of 24."""
+def test_prompt_lookup_speculation():
+    """Prompt lookup agrees with plain greedy decoding on 5 tokens of 24 (see test_transformers for small budgets)."""
     model = served_model("llama")
     prompt = TEXT[:, :40].repeat(1, 4)
     plain = own_model("llama").generate(prompt, max_new_tokens=24, do_sample=False)
-    past = KVCache(model, "snapkv", budget)
+    past = KVCache(model, "snapkv", "1GiB")
     found = model.generate(prompt, past_key_values=past, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=5)
     assert torch.equal(found, plain)
 
@@ -296,24 +294,10 @@ def test_no_method_downloads_anything(monkeypatch: pytest.MonkeyPatch):
         past.check_integrity()
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "llama",
-        "qwen3",
-        "qwen3_moe",
-        "olmo2",
-        "cohere",
-        "granite",
-        "glm4",
-        "stablelm",
-        "phi",
-        "gpt_neox",
-        "opt",
-        "gpt2",
-        "smollm3",
-    ),
-)
+ODD = "qwen3 qwen3_moe olmo2 cohere granite glm4 stablelm phi gpt_neox opt gpt2 smollm3 phi3"
+
+
+@pytest.mark.parametrize("name", ODD.split())
 def test_scores_are_those_of_the_models_real_attention(name: str):
     """Queries that are recomputed from hidden states miss query norms, interleaved rotations and odd scales."""
     window, budget = 16, 60
