@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer

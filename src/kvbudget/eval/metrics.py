@@ -102,7 +102,9 @@ def choice(answer: str, reference: str) -> float:
     >>> choice("So: The correct answer is B.", "The correct answer is (B)"), choice("B", "The correct answer is (B)")
     (1.0, 0.0)
     """
-    given, wanted = (re.search(r"The correct answer is \(?([A-D])\b", text.replace("*", "")) for text in (answer, reference))
+    given, wanted = (
+        re.search(r"The correct answer is \(?([A-D])\b", text.replace("*", "")) for text in (answer, reference)
+    )
     return float(given is not None and wanted is not None and given.group(1) == wanted.group(1))
 
 
