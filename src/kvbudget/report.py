@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers.cache_utils import LinearAttentionLayer
+
 from kvbudget.budget import format_bytes
 
 if TYPE_CHECKING:
@@ -36,16 +38,16 @@ class CacheReport:
     @classmethod
     def of(cls, cache: KVCache) -> CacheReport:
         """Reads the cache."""
-        from kvbudget.cache import AttentionLayer
-
         parts: dict[str, int] = {}
         for layer in cache.layers:
-            if isinstance(layer, AttentionLayer):
-                for name, size in layer.store.parts().items():
-                    parts[name] = parts.get(name, 0) + size
+            if isinstance(layer, LinearAttentionLayer):
+                states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+                held = {"recurrent states": sum(x.untyped_storage().nbytes() for x in states if x is not None)}
+            else:
+                held = layer.store.parts()
+            for name, size in held.items():
+                parts[name] = parts.get(name, 0) + size
         nbytes = cache.nbytes
-        if nbytes > sum(parts.values()):
-            parts["recurrent states"] = nbytes - sum(parts.values())
         return cls(
             policy=str(cache.policy),
             budget=str(cache.budget),
