@@ -1,4 +1,4 @@
-"""The command line: kvbudget run | plan | methods | bench | report | calibrate | info."""
+"""The command line: kvbudget run | plan | methods | bench | report | calibrate | info | demo."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 import kvbudget
 from kvbudget.cli.bench import bench, report
+from kvbudget.cli.demo import demo
 from kvbudget.cli.info import info
 from kvbudget.cli.methods import methods
 from kvbudget.cli.plan import plan
+from kvbudget.cli.run import run
 from kvbudget.cli.shell import Commands
 
 app = typer.Typer(
@@ -23,11 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(run)
 app.command()(plan)
 app.command()(methods)
 app.command()(bench)
 app.command()(report)
 app.command()(info)
+app.command()(demo)
 
 
 @app.callback(invoke_without_command=True)
