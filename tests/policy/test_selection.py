@@ -1,4 +1,4 @@
-"""Selection against sorting in plain Python: protection, exact counts, ties, units."""
+"""Selection keeps exact counts, the best first, protected ones always and units whole."""
 
 import torch
 from hypothesis import given
@@ -7,66 +7,66 @@ from hypothesis import strategies as st
 from kvbudget.policy.base import Protect
 from kvbudget.policy.selection import newest, protected_entries, select
 
-cells = st.integers(0, 10_000)
+
+def brute(scores: list[float], protected: list[bool], valid: list[bool], count: int) -> list[bool]:
+    cells = [t for t in range(len(scores)) if valid[t]]
+    cells.sort(key=lambda t: (not protected[t], -scores[t], t))
+    fixed = sum(protected[t] for t in cells)
+    kept = set(cells[: max(count, fixed)])
+    return [t in kept for t in range(len(scores))]
 
 
-def grid(seed: int, *, ties: bool = False):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(2, 3, 24, generator=generator)
-    if ties:
-        scores = (scores * 4).floor()
-    lengths = torch.randint(1, 25, (2, 3), generator=generator)
-    valid = torch.arange(24) < lengths[..., None]
-    protected = torch.rand(2, 3, 24, generator=generator) < 0.2
-    counts = (torch.rand(2, 3, generator=generator) * (lengths + 1)).long()
-    return scores, protected, valid, counts
+rows = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(-3, 3).map(float) | st.just(float("-inf")), min_size=n, max_size=n),
+        st.lists(st.booleans(), min_size=n, max_size=n),
+        st.integers(0, n),
+        st.integers(0, n),
+        st.lists(st.integers(0, 3), min_size=n, max_size=n).map(sorted),
+    )
+)
 
 
-@given(seed=cells, ties=st.booleans())
-def test_the_best_stay_and_protected_ones_first(seed, ties):
-    scores, protected, valid, counts = grid(seed, ties=ties)
-    keep = select(scores, protected, valid, counts)
-    for b in range(2):
-        for h in range(3):
-            held = [t for t in range(24) if valid[b, h, t]]
-            fixed = [t for t in held if protected[b, h, t]]
-            others = sorted((t for t in held if t not in fixed), key=lambda t: (-scores[b, h, t].item(), t))
-            expected = sorted(fixed + others[: max(0, int(counts[b, h]) - len(fixed))])
-            assert keep[b, h].nonzero().flatten().tolist() == expected
+@given(rows)
+def test_the_best_stay_and_protected_ones_always(row: tuple) -> None:
+    scores, protected, length, count, _ = row
+    valid = [t < length for t in range(len(scores))]
+    shape = (1, 1, len(scores))
+    keep = select(
+        torch.tensor(scores).view(shape), torch.tensor(protected).view(shape), torch.tensor(valid).view(shape),
+        torch.tensor([[count]]),
+    )  # fmt: skip
+    assert keep.flatten().tolist() == brute(scores, protected, valid, count)
 
 
-@given(seed=cells)
-def test_units_stay_or_go_together(seed):
-    scores, protected, valid, counts = grid(seed)
-    counts = counts.clamp_min(1)
-    units = torch.arange(24).expand(2, 3, -1) // 4 * 4
-    keep = select(scores, protected, valid, counts, units)
-    for b in range(2):
-        for h in range(3):
-            pages = {}
-            for t in range(24):
-                if valid[b, h, t]:
-                    pages.setdefault(t // 4, []).append(t)
-            safe = [page for page in pages.values() if any(protected[b, h, t] for t in page)]
-            limit = max(int(counts[b, h]), sum(map(len, safe)))
-            rest = sorted((p for p in pages.values() if p not in safe), key=lambda p: -scores[b, h, p].mean().item())
-            expected, room = [t for page in safe for t in page], limit - sum(map(len, safe))
-            for page in rest:
-                # A unit that does not fit ends the list: a worse one never stays in place of a better one.
-                if len(page) > room:
-                    break
-                expected += page
-                room -= len(page)
-            assert keep[b, h].nonzero().flatten().tolist() == sorted(expected)
+@given(rows)
+def test_units_stay_or_go_whole(row: tuple) -> None:
+    scores, protected, length, count, units = row
+    scores = [max(score, -9.0) for score in scores]
+    shape = (1, 1, len(scores))
+    valid = torch.arange(len(scores)).view(shape) < length
+    fixed = torch.tensor(protected).view(shape)
+    ids = torch.tensor(units).view(shape)
+    keep = select(torch.tensor(scores).view(shape), fixed, valid, torch.tensor([[count]]), ids)
+    assert not (keep & ~valid).any() and (keep | ~(fixed & valid)).all()
+    whole = {u: keep[(ids == u) & valid] for u in set(units)}
+    assert all(cells.all() or not cells.any() for cells in whole.values())
+    must = sum(len(cells) for u, cells in whole.items() if (fixed & valid)[ids == u].any())
+    assert int(keep.sum()) <= max(count, must)
+    largest = max((len(cells) for cells in whole.values()), default=0)
+    assert int(keep.sum()) > min(max(count, must), length) - max(largest, 1), (
+        "a unit that would have fitted was dropped"
+    )
 
 
-def test_protection_by_position():
-    positions = torch.tensor([[[0, 1, 5, 6, 7, 20, 21, -1]]])
-    found = protected_entries(positions, [22], Protect(sinks=2, recent=3), [(6, 8)])
-    assert found[0, 0].tolist() == [True, True, False, True, True, True, True, False]
-    assert not protected_entries(positions, [22], Protect(), []).any()
+def test_protection_is_by_position() -> None:
+    positions = torch.tensor([[[0, 3, 7, 8, 9], [1, 2, 5, 9, -1]]])
+    mask = protected_entries(positions, [10], Protect(sinks=2, recent=2), [(3, 6)])
+    assert mask.tolist() == [[[True, True, False, True, True], [True, False, True, True, False]]]
 
 
-def test_newest_counts_entries_and_not_positions():
-    positions = torch.tensor([[[0, 5, 9], [2, 3, -1]]])
-    assert newest(positions, torch.tensor([[2, 1]]))[0].tolist() == [[False, True, True], [False, True, False]]
+def test_the_newest_entries_are_those_of_the_highest_positions() -> None:
+    positions = torch.tensor([[[0, 3, 7, -1], [5, 6, 8, 9]]])
+    assert newest(positions, torch.tensor([[2, 1]])).tolist() == [
+        [[False, True, True, False], [False, False, False, True]]
+    ]
