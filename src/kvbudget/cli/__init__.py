@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 import kvbudget
 from kvbudget.cli.bench import bench, report
+from kvbudget.cli.calibrate import calibrate
 from kvbudget.cli.demo import demo
 from kvbudget.cli.info import info
 from kvbudget.cli.methods import methods
@@ -30,6 +31,7 @@ app.command()(plan)
 app.command()(methods)
 app.command()(bench)
 app.command()(report)
+app.command()(calibrate)
 app.command()(info)
 app.command()(demo)
 
