@@ -50,11 +50,12 @@ class Artifact:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".calibrating-", delete=False) as file:
                 unfinished = Path(file.name)
-            save_file({name: x.contiguous() for name, x in self.tensors.items()}, unfinished, metadata)
+            save_file({name: x.clone() for name, x in self.tensors.items()}, unfinished, metadata)
             os.replace(unfinished, target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise KVBudgetError(
-                f"the calibration cannot be written to {target}: {error.strerror or error}; give another path"
+                f"the calibration cannot be written to {target}: {reason}; give another path"
             ) from error
         finally:
             if unfinished is not None:
