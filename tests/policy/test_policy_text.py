@@ -305,4 +305,6 @@ def test_needs_and_promises_are_those_of_all_recipes() -> None:
     assert not policy.lossless_when_fits and parse("snapkv+adakv").lossless_when_fits
     assert policy.needs == ("queries",) and not policy.prefix_reusable
     assert parse("streaming_llm").prefix_reusable
+    assert parse("knorm+adakv+pyramidkv").prefix_reusable
+    assert not parse("adakv").prefix_reusable and not parse("pyramidkv").prefix_reusable, "SnapKV comes along"
     assert policy.prefill_peak == "bounded"

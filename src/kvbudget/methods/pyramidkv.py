@@ -39,6 +39,7 @@ class PyramidKV(Recipe):
     role = "allocator over layers"
     phase = "wherever the scorer acts"
     paper = "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling, arXiv 2406.02069, 2024"
+    prefix_reusable = True
 
     beta: float = 20.0
 

@@ -52,8 +52,11 @@ class Policy:
 
     @property
     def prefix_reusable(self) -> bool:
-        """Whether the compressed context does not depend on the question."""
-        return all(recipe.prefix_reusable for recipe in self.recipes)
+        """Whether the compressed context does not depend on the question; scorers brought along by default look at it."""
+        defaulted = any("scorer" in r.defaults() for r in self.recipes) and not any(
+            "scorer" in r.parts() for r in self.recipes
+        )
+        return all(recipe.prefix_reusable for recipe in self.recipes) and not defaulted
 
     @property
     def needs(self) -> tuple[str, ...]:
