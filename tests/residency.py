@@ -5,19 +5,22 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from kvbudget.errors import UnsupportedModel
 from kvbudget.models import rotations_of
+from kvbudget.prefill import Prefilled
 
-# What an object refers to without owning: its class, its module, shared code.
-_FOREIGN = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, torch.dtype, torch.device)
+# What an object refers to without owning: its class, its module, shared code. And the text, which is not the cache.
+_FOREIGN = (type, types.ModuleType, types.CodeType, types.BuiltinFunctionType, torch.dtype, torch.device, Prefilled)
 
 
 def resident_tensors(root: object) -> list[torch.Tensor]:
     """Every tensor that can be reached from ``root`` through attributes, containers, closures and bound methods.
 
+    Arrays count as tensors; the token ids by which a cache knows a changed text again do not count.
     A module on the way is an error: a cache that holds on to the model would keep its weights alive.
     """
     found: list[torch.Tensor] = []
@@ -32,6 +35,8 @@ def resident_tensors(root: object) -> list[torch.Tensor]:
             raise AssertionError(f"{type(root).__name__} keeps a {type(item).__name__} alive")
         if isinstance(item, torch.Tensor):
             found.append(item)
+        elif isinstance(item, np.ndarray):
+            found.append(torch.from_numpy(item))
         elif isinstance(item, types.FunctionType):
             waiting += [cell.cell_contents for cell in item.__closure__ or ()]
             waiting += item.__defaults__ or ()
