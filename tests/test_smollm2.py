@@ -62,9 +62,7 @@ def test_plain_generate_is_transformers_own(smollm2, prompt, plain):
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_every_lossless_recipe_answers_as_the_full_cache_while_everything_fits(
-    smollm2, prompt, plain, recording, name
-):
+def test_every_lossless_recipe_answers_as_the_full_cache_while_everything_fits(smollm2, prompt, plain, recording, name):
     model, _ = smollm2
     cache = replay(recording, KVCache(model, name, PROMPT + NEW + 1))
     first = int(recording.logits.argmax(-1))
