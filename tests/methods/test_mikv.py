@@ -303,6 +303,25 @@ def test_rows_are_independent_and_can_be_reordered():
             assert positions(cache, layer, "front", b) == positions(single, layer, "front")
 
 
+def test_demotions_wait_for_the_end_of_a_speculation():
+    model, ids = tiny_model("llama"), random_text(104)
+    cache = KVCache(model, "mikv", 40)
+    run(model, cache, ids[:, :100], [100])
+    plain, other = cache.fork(), cache.fork()
+    expected = run(model, plain, ids[:, 100:], [4])
+    other.activate_past_recording()
+    with torch.inference_mode():
+        model(random_text(4, seed=5), past_key_values=other)
+        other.crop(-4)
+        logits = model(ids[:, 100:], past_key_values=other).logits
+        other.crop(0)
+    other.check_integrity()
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    for layer in range(2):
+        for part in ("main", "front"):
+            assert positions(other, layer, part) == positions(plain, layer, part)
+
+
 def test_everything_demoted_counts_in_the_bytes():
     model = tiny_model("llama")
     cache = KVCache(model, "mikv(bits=4)", 32)

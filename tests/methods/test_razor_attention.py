@@ -415,6 +415,30 @@ def test_forks_and_reordered_rows_go_on_by_themselves():
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=0)
 
 
+def test_padded_rows_equal_their_single_runs():
+    model = tiny_model("llama")
+    recipe = pinned(model, [[1], []])
+    texts = [random_text(length, seed=length) for length in (130, 45, 90)]
+    steps = [random_text(15, seed=seed) for seed in range(3)]
+    ids, mask = left_padded(texts)
+    cache = KVCache(model, recipe, 100)
+    rows = []
+    for step in range(16):
+        new = ids if not step else torch.cat([ending[:, step - 1 : step] for ending in steps])
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1) if step else mask
+        where = (mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        with torch.inference_mode():
+            rows.append(model(new, attention_mask=mask, position_ids=where, past_key_values=cache).logits[:, -1:])
+        cache.check_integrity()
+    assert cache.seen == [145, 60, 105]
+    for b, (text, ending) in enumerate(zip(texts, steps, strict=True)):
+        single = KVCache(model, recipe, 100)
+        expected = run(model, single, torch.cat([text, ending], dim=1), [text.shape[1], *[1] * 15])[:, -16:]
+        torch.testing.assert_close(torch.cat([row[b : b + 1] for row in rows], dim=1), expected, atol=1e-4, rtol=0)
+        for layer in range(2):
+            assert kept_positions(cache, layer, b) == kept_positions(single, layer)
+
+
 def test_half_precision_models_keep_means_in_float32():
     model = tiny_model("llama", dtype=torch.bfloat16)
     cache = KVCache(model, pinned(model, [[1], []]), "100KiB")

@@ -39,6 +39,7 @@ class MiKV(Recipe):
         "arXiv 2402.18096, 2024"
     )
     needs = ("queries",)
+    prefix_reusable = True
 
     bits: int = 2
     group: int = 0
