@@ -150,7 +150,7 @@ def test_plan_says_why_a_budget_cannot_work(model_folder):
     ("arguments", "message"),
     [
         (("plann",), "Did you mean 'plan'?"),
-        (("plan", "--context", "100"), "Missing option"),
+        (("plan", "--model", "{model}"), "Missing option"),
         (("plan", "--model", "{model}", "--context", "many"), "--context"),
         (("plan", "--model", "{model}", "--context", "0"), "at least 1"),
         (("plan", "--model", "{model}", "--context", "9", "--dtype", "float23"), "did you mean 'float32'?"),

@@ -264,7 +264,9 @@ def _check_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: in
     if len(tables) > 1:
         raise KVBudgetError(f"{message}, which are a table that ends there; shorten the prompt")
     if not allow_long:
-        raise KVBudgetError(f"{message}; shorten the prompt, lower max_new_tokens, or go beyond with allow_long=True")
+        raise KVBudgetError(
+            f"{message}; shorten the prompt, lower max_new_tokens, or go beyond with allow_long=True (--allow-long)"
+        )
     warnings.warn(f"{message}; the answer may suffer", stacklevel=3)
 
 

@@ -17,7 +17,9 @@ from kvbudget.policy.policy import parse_terms
 
 def calibrate(
     method: Annotated[str, typer.Argument(help='A method that needs it, such as razor_attention or "name(x=1)".')],
-    model: Annotated[str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")
+    ] = "smollm2-135m",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; by default where the method looks for it.")
     ] = None,

@@ -21,8 +21,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="Short name, hub id, folder, config.json or .gguf file.")],
     context: Annotated[int, typer.Option("--context", "-c", help="Tokens per sequence.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Short name, hub id, folder, config.json or .gguf file.")
+    ] = "smollm2-135m",
     memory: Annotated[str | None, typer.Option(help="Bytes that the cache may take, such as 2GiB.")] = None,
     budget: Annotated[
         list[str] | None, typer.Option("--budget", "-b", help="Budgets to price (may be repeated) instead of a ladder.")

@@ -21,7 +21,9 @@ from kvbudget.models import load
 
 
 def run(
-    model: Annotated[str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")
+    ] = "smollm2-135m",
     policy: Annotated[
         str, typer.Option("--policy", "-p", help='Methods joined by +, such as "snapkv(window=64)+adakv"; or auto.')
     ] = "auto",
@@ -88,7 +90,6 @@ def run(
     }
     if temperature > 0:
         options |= {"do_sample": True, "temperature": temperature}
-    warnings.showwarning = lambda message, *_: notice(f"warning: {message}")
     Budget.parse(budget)
     if policy != "auto":
         parse(policy)  # before the model is loaded
@@ -97,13 +98,15 @@ def run(
     interrupted = False
     prefilling = Prefilling()
     try:
-        with prefilling:
+        with warnings.catch_warnings(), prefilling:
+            warnings.showwarning = lambda message, *_: notice(f"warning: {message}")
             options |= {"progress": prefilling, "stream": None if json else print_piece}
             if against is None:
                 runs.append(Run(generate(network, tokenizer, messages, policy=policy, budget=budget, **options)))
             else:
                 begin = None if json else _heading
-                runs.extend(compare(network, tokenizer, messages, [(policy, budget)], begin=begin, **options))
+                for each in compare(network, tokenizer, messages, [(policy, budget)], begin=begin, **options):
+                    runs.append(each)  # one by one, so that an interrupt leaves those that have ended
     except KeyboardInterrupt:
         notice(f"interrupted in the prefill, after {prefilling.done:,} of {prefilling.total:,} tokens")
         interrupted = True
