@@ -18,7 +18,7 @@ from residency import model_tensors, resident_bytes
 from tiny import HYBRID, SUPPORTED, left_padded, random_text, tiny_model
 
 # Windows and residuals that a text of 150 tokens fills.
-SMALL = {"window": 8, "residual": 32}
+SMALL = {"window": 8, "residual": 32, "lag": 16}
 COMPOSITIONS = (
     "streaming_llm(positions='cache')",
     "knorm(recent=5)",

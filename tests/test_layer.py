@@ -324,9 +324,10 @@ def test_room_ahead_of_need_stays_inside_the_capacity(dtype: torch.dtype) -> Non
         layer.check_integrity()
 
 
-def test_a_quantized_layer_keeps_one_pair_of_tails_over_forks() -> None:
+def test_a_quantized_layer_under_a_byte_budget_keeps_one_pair_of_tails_over_forks() -> None:
     key, value = ChannelQuant(bits=8, unit=8, residual=16), TokenQuant(bits=8, group=8, residual=16)
     layer = LayerCache(0, 2, make_segment=lambda rows: QuantizedSegment(rows, key, value))
+    layer.hard = True
     oracle = Oracle(heads=2, groups=1)
     layer.forward(make_call(oracle, 1, 50))
     layer.finish_forward()

@@ -20,7 +20,6 @@ class Twin:
     def __init__(self, num_rows: int) -> None:
         self.table = RaggedTable(num_rows)
         self.rows: list[list[tuple[float, float]]] = [[] for _ in range(num_rows)]
-        self.shared = False
 
     @property
     def columns(self) -> set[str]:
@@ -29,7 +28,10 @@ class Twin:
     def fork(self) -> "Twin":
         other = Twin(0)
         other.table, other.rows = self.table.share(), [list(row) for row in self.rows]
-        self.shared = other.shared = True
+        assert self.table.capacities == self.table.lengths
+        assert all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(self.table.tensors(), other.table.tensors(), strict=True)
+        )
         return other
 
 
@@ -67,8 +69,6 @@ class RaggedMachine(RuleBasedStateMachine):
 
     @rule(twin=twins, data=st.data())
     def append(self, twin: Twin, data: st.DataObject) -> None:
-        if twin.shared:
-            return
         rows = len(twin.rows)
         even = st.integers(0, 5).map(lambda n: [n] * rows)
         counts = data.draw(even | st.lists(st.integers(0, 5), min_size=rows, max_size=rows), label="counts")
@@ -94,7 +94,6 @@ class RaggedMachine(RuleBasedStateMachine):
         twin.rows = [
             [e for e, keep in zip(row, mask, strict=True) if keep] for row, mask in zip(twin.rows, kept, strict=True)
         ]
-        twin.shared = False
         cells = sum(map(len, twin.rows)) + spare * len(twin.rows)
         assert twin.table.capacities == [len(row) + spare for row in twin.rows]
         width = BYTES + 4 * ("late" in twin.columns)
@@ -126,14 +125,12 @@ class RaggedMachine(RuleBasedStateMachine):
         index = data.draw(st.lists(st.integers(0, len(twin.rows) - 1), min_size=1, max_size=5), label="rows")
         twin.table.select_rows(index)
         twin.rows = [list(twin.rows[r]) for r in index]
-        twin.shared = False
 
     @rule(twin=twins, data=st.data())
     def reserve(self, twin: Twin, data: st.DataObject) -> None:
         capacities = [len(row) + data.draw(st.integers(0, 4), label="room") for row in twin.rows]
         twin.table.reserve(capacities)
         assert twin.table.capacities == capacities
-        twin.shared = twin.shared and not twin.columns
 
     @rule(twin=twins, limit=st.none() | st.integers(0, 40))
     def trim(self, twin: Twin, limit: int | None) -> None:
@@ -146,7 +143,7 @@ class RaggedMachine(RuleBasedStateMachine):
 
     @rule(twin=twins)
     def write_padded(self, twin: Twin) -> None:
-        if twin.shared or not twin.columns:
+        if not twin.columns:
             return
         twin.rows = [[(number, 7 * number) for number, _ in row] for row in twin.rows]
         twin.table.write_padded("late", 7 * twin.table.padded("number"))
