@@ -499,6 +499,7 @@ class KVCache(Cache):
             rotation=rotation,
         )
         layer.page = parts.granularity.size
+        layer.hard = self.budget.kind == "bytes"
         layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
         return layer
 

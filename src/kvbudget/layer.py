@@ -18,6 +18,8 @@ from kvbudget.segments.dense import DenseSegment
 FEW_TOKENS = 8
 # A sliding window may overrun by this many entries, so that sliding copies the window now and then, not once per token.
 WINDOW_OVERRUN = 64
+# What a fork adds beside the entries that it shares grows by this many at a time, so that many short answers stay small.
+FORK_STEP = 16
 
 
 class RotatesKeys(Protocol):
@@ -50,6 +52,7 @@ class LayerCache:
     ``statistics`` are a destination's own tensors per row ``[R, ...]``, which are replaced and never written in place.
     ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
     number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
+    ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class LayerCache:
         self.apart = 0
         self.shift: list[int] | None = None
         self.capacity: list[int] | None = None
+        self.hard = False
         self.page = 1
         self.paged: list[int] = []
 
@@ -132,8 +136,10 @@ class LayerCache:
         batch, heads, n = key.shape[:3]
         if not self.seen:
             self.start(batch)
-        if not self.main or not self.main[-1].open:
-            self.main.append(self.make_segment(self.num_rows))
+        segment = self.main[-1].branch(self.hard) if self.main else self.make_segment(self.num_rows)
+        if not self.main or segment is not self.main[-1]:
+            segment.meta.step = FORK_STEP if self.main else segment.meta.step
+            self.main.append(segment)
             self._limit_room()
         if valid is None:
             counts = [n] * batch
@@ -411,15 +417,12 @@ class LayerCache:
         self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
 
     def _consolidate(self, spare: int) -> None:
-        """Joins dense segments, but for one set apart, so that forks do not leave a trail of small segments."""
-        trail = self.main[0 if self.shift is None else 1 :]
-        if len(trail) < 2 or any(segment.shared or not isinstance(segment, DenseSegment) for segment in trail):
+        """Joins the segments, but for one set apart, so that forks do not leave a trail of small ones."""
+        first, *trail = self.main[0 if self.shift is None else 1 :]
+        if not trail or any(segment.shared for segment in (first, *trail)):
             return
-        joined = self.make_segment(self.num_rows)
-        joined.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in trail), strict=True)])
-        for segment in trail:
-            joined.append(*segment.gather(segment.meta.valid()))
-        self.main[len(self.main) - len(trail) :] = [joined]
+        first.absorb(trail, spare)
+        self.main = self.main[: len(self.main) - len(trail)]
 
     def _main_lengths(self) -> list[int]:
         return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]

@@ -11,7 +11,6 @@ from functools import singledispatch
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,25 +40,24 @@ class Prefilled:
     had no say in it.
     """
 
-    ids: np.ndarray
+    ids: Tensor
     blind: bool = False
 
     @classmethod
     def of(cls, ids: Tensor, blind: bool = False) -> Prefilled:
         """Remembers a copy of ``ids``."""
-        return cls(ids.to("cpu", torch.int32, copy=True).numpy(), blind)
+        return cls(ids.to("cpu", torch.int32, copy=True), blind)
 
     def check(self, ids: Tensor) -> None:
         """Raises CacheError unless ``ids [B, T]`` begin as remembered, naming the first position that differs."""
         known = self.ids.shape[1]
-        rows, positions = (ids[:, :known].cpu().numpy() != self.ids).nonzero()
-        if len(rows):
-            first = positions.argmin()
-            b, position = int(rows[first]), int(positions[first])
+        differs = (ids[:, :known].cpu() != self.ids).nonzero()
+        if len(differs):
+            b, position = differs[differs[:, 1].argmin()].tolist()
             where = f" of sequence {b}" if len(ids) > 1 else ""
             raise CacheError(
                 f"input_ids{where} have token {int(ids[b, position])} at position {position}, where the cache has seen token "
-                f"{self.ids[b, position]}; a continuation must begin with the {known} tokens seen (text that is tokenized "
+                f"{int(self.ids[b, position])}; a continuation must begin with the {known} tokens seen (text that is tokenized "
                 "again can differ). Start over with cache.reset(), or go on from a fork made before"
             )
 

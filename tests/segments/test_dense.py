@@ -169,7 +169,7 @@ def test_forks_share_bytes_until_one_writes() -> None:
     two = one.share()
     assert {t.data_ptr() for t in one.tensors()} == {t.data_ptr() for t in two.tensors()}
     assert one.meta.capacities == [4, 4], "spare room is of no use to two"
-    assert one.shared and two.shared and not one.open
+    assert one.shared and two.shared and one.branch(hard=False) is not one
     one.add_to_state("votes", [torch.ones(4), torch.ones(4)], [1.0, 1.0])
     assert two.meta.flat("votes").tolist() == [0.0] * 8
     assert one.meta.columns["key"].data_ptr() == two.meta.columns["key"].data_ptr()

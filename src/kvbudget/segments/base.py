@@ -56,11 +56,6 @@ class Segment(ABC):
         return any(table.borrowed for table in self.tables())
 
     @property
-    def open(self) -> bool:
-        """Whether new entries may join: a segment that is shared stays as it is, since appending would copy it."""
-        return not self.shared
-
-    @property
     def sealed(self) -> list[int]:
         """Per row, how many of its oldest entries can only be kept or evicted in whole units of `unit` entries."""
         return [0] * self.num_rows
@@ -141,6 +136,17 @@ class Segment(ABC):
     @abstractmethod
     def parts(self) -> dict[str, int]:
         """Resident bytes by what they hold (keys, values, metadata of a codec, positions, states)."""
+
+    @abstractmethod
+    def branch(self, hard: bool) -> "Segment":
+        """The segment that new entries go to: this one, or one beside it where appending would copy what a fork shares.
+
+        ``hard`` forbids to hold anything twice.
+        """
+
+    @abstractmethod
+    def absorb(self, trail: Sequence["Segment"], spare: int = 0) -> None:
+        """Takes over the entries of branches that follow, with room for ``spare`` more entries in each row."""
 
     def share(self) -> "Segment":
         """A second segment over the same storages; whichever of the two writes to one copies it first."""

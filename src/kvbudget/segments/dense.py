@@ -55,6 +55,15 @@ class DenseSegment(Segment):
         meta, counts = self.meta.gather(keep)
         return meta.pop("key"), meta.pop("value"), meta, counts
 
+    def branch(self, hard: bool) -> Segment:
+        return DenseSegment(self.num_rows) if self.shared else self
+
+    def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
+        segments = (self, *trail)
+        self.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in segments), strict=True)])
+        for segment in trail:
+            self.append(*segment.gather(segment.meta.valid()))
+
     def truncate(self, lengths: Sequence[int]) -> None:
         self.meta.truncate(lengths)
 

@@ -165,9 +165,30 @@ class QuantizedSegment(Segment):
     def can_truncate(self, lengths: Sequence[int]) -> bool:
         return all(n >= max(k, v) for n, k, v in zip(lengths, self.key.num_sealed, self.value.num_sealed, strict=True))
 
-    @property
-    def open(self) -> bool:
-        return True  # a second segment beside a shared one would hold full-precision tails of its own
+    def branch(self, hard: bool) -> Segment:
+        """What is coded on both sides stays shared; the rest, full-precision tails included, moves to the branch."""
+        coded = [
+            min(k, v) // self.unit * self.unit for k, v in zip(self.key.num_sealed, self.value.num_sealed, strict=True)
+        ]
+        if hard or not self.shared or not any(coded):
+            return self
+        other = self.share()
+        first = torch.arange(self.longest) < torch.tensor(coded)[:, None]
+        other.take(~first & self.meta.valid())
+        self.meta.truncate(coded)
+        for store in (self.key, self.value):
+            store.sealed.truncate([n // store.codec.unit for n in coded])
+            store.tail.take(torch.zeros(self.num_rows, store.tail.longest, dtype=torch.bool))
+        return other
+
+    def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
+        for segment in trail:
+            assert isinstance(segment, QuantizedSegment) and not self.key.tail.total and not self.value.tail.total
+            self.meta.append({name: segment.meta.flat(name) for name in segment.meta.columns}, segment.lengths)
+            for mine, theirs in ((self.key, segment.key), (self.value, segment.value)):
+                codes = theirs.sealed
+                mine.sealed.append({name: codes.flat(name) for name in codes.columns}, codes.lengths)
+                mine.tail = theirs.tail
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         self.meta.limits = None if limits is None else list(limits)
