@@ -167,21 +167,30 @@ def test_an_impossible_budget_is_refused_before_the_model_runs() -> None:
         KVCache(model, "streaming_llm", 24, protect=[(10, 30)])
 
 
-def test_a_policy_that_keeps_everything_refuses_what_does_not_fit() -> None:
-    model = model_of("llama")
-    for policy in ("full", "kivi(bits=4, residual=32)"):
-        cache = KVCache(model, policy, "64KiB")
-        with pytest.raises(BudgetError, match="keeps every entry") as error:
-            feed(model, cache, random_text(600), None, 0, 600)
-        assert cache.nbytes == 0
-        cache = KVCache(model, policy, f"{named_bytes(error)}B")
-        feed(model, cache, random_text(600), None, 0, 600)
-        assert resident_bytes(cache) <= cache.budget.amount
-        with pytest.raises(BudgetError, match="keeps every entry"):
-            for step in range(64):
-                feed(model, cache, random_text(600), None, step, step + 1)
-        assert resident_bytes(cache) <= cache.budget.amount
-        cache.check_integrity()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("policy", ["full", "kivi(bits=4, residual=32)"])
+def test_a_policy_that_keeps_everything_refuses_what_does_not_fit(policy: str, batch: int) -> None:
+    model, foreign = model_of("llama"), model_tensors(model_of("llama"))
+    cache = KVCache(model, policy, "64KiB")
+    ids, mask = text(batch, 600)
+    with pytest.raises(BudgetError, match="keeps every entry") as error:
+        feed(model, cache, ids, mask, 0, 600)
+    assert cache.nbytes == 0 and not cache.seen
+    cache = KVCache(model, policy, f"{named_bytes(error)}B")
+    feed(model, cache, ids, mask, 0, 600)
+    assert resident_bytes(cache, foreign) <= cache.budget.amount
+    longer = None if mask is None else torch.ones(batch, 700, dtype=torch.long)
+    with pytest.raises(BudgetError, match="keeps every entry"):
+        for step in range(600, 664):
+            extra = (
+                {}
+                if longer is None or mask is None
+                else {"attention_mask": torch.cat([mask, longer], 1)[:, : step + 1]}
+            )
+            with torch.no_grad():
+                model(ids[:, :1], past_key_values=cache, **extra)
+    assert resident_bytes(cache, foreign) <= cache.budget.amount
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in methods().values() if kind.prefill_peak == "full_prompt"])

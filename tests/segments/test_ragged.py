@@ -216,6 +216,15 @@ def test_growth_is_bounded_and_amortized() -> None:
     assert all(small <= large for small, large in pairwise(bytes_held))
 
 
+@pytest.mark.parametrize("counts", [[2, 2], [2, 1]])
+def test_a_column_that_is_not_given_is_zero_even_where_something_stood_before(counts: list[int]) -> None:
+    table = RaggedTable(2)
+    table.append({"x": torch.ones(6), "state": torch.ones(6)}, [3, 3])
+    table.truncate([1, 1])
+    table.append({"x": torch.ones(sum(counts))}, counts)
+    assert [table.row("state", r).tolist() for r in range(2)] == [[1.0] + [0.0] * n for n in counts]
+
+
 def test_limit_bounds_the_room() -> None:
     table = RaggedTable(2)
     table.limits = [10, 10]
