@@ -98,7 +98,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("sizes", [[150] + [1] * 40, chunks(150, 40) + [1] * 40, [7] * 15 + [3] * 20], ids=len)
-@pytest.mark.parametrize("policy", ["mikv", "mikv(bits=4, balance=False)", "snapkv(window=8)+mikv(bits=3)"])
+@pytest.mark.parametrize("policy", ["mikv(bits=2)", "mikv(balance=False)", "snapkv(window=8)+mikv(bits=3)"])
 def test_attention_is_that_over_full_and_decoded_entries(policy, sizes):
     model = tiny_model("llama")
     cache = KVCache(model, policy, 40)
@@ -115,7 +115,7 @@ def test_attention_is_that_over_full_and_decoded_entries(policy, sizes):
 def test_byte_budgets_and_head_groups(budget, heads):
     """At 40 KiB of 8 heads everything fits in few bits; three heads at 20 KiB have to drop some."""
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    cache = KVCache(model, "mikv", budget)
+    cache = KVCache(model, "mikv(bits=2)", budget)
     sizes = [100, 33, *[1] * 50]
     Oracle(model, cache, 2).feed(random_text(sum(sizes)), sizes)
     report = cache.report()
@@ -130,7 +130,7 @@ def test_byte_budgets_and_head_groups(budget, heads):
 
 def test_bytes_go_to_full_precision_first_and_nothing_is_dropped_while_all_fits():
     model, ids = tiny_model("llama"), random_text(400)
-    cache = KVCache(model, "mikv", "64KiB")
+    cache = KVCache(model, "mikv(bits=2)", "64KiB")
     in_place = []
     for begin in range(0, 400, 8):
         with torch.inference_mode():

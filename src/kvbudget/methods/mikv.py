@@ -25,7 +25,7 @@ class MiKV(Recipe):
     where that leaves less than ``share`` to them, the demoted entries with the lowest scores are dropped after all.
 
     Attributes:
-        bits: of demoted entries (1, 2, 3, 4 or 8; paper: 2 to 4).
+        bits: of demoted entries (1, 2, 3, 4 or 8; paper: 2 to 4, where 2 is for models with many KV heads).
         group: channels per scale (0: half a head, as the paper's sub-vectors).
         balance: balance the channels of queries and keys (paper: needed at 2 bits).
         share: least share of the held entries that stays in full precision under a byte budget (paper: 20 to 50%).
@@ -41,7 +41,7 @@ class MiKV(Recipe):
     needs = ("queries",)
     prefix_reusable = True
 
-    bits: int = 2
+    bits: int = 4
     group: int = 0
     balance: bool = True
     share: float = 0.2

@@ -36,7 +36,7 @@ class Demote(Destination):
     than ``share`` of what is held, entries with the lowest scores are dropped instead, and ``share`` of the rest stay.
     """
 
-    bits: int = 2
+    bits: int = 4
     group: int = 0
     balanced: bool = True
     share: float = 0.2
