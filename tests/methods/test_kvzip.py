@@ -7,6 +7,7 @@ import pytest
 import torch
 from brute import kept_positions
 
+import kvbudget
 from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError, PolicyError
 from kvbudget.methods.kvzip import SMALLEST
@@ -262,3 +263,35 @@ def test_the_extra_time_is_at_most_two_and_a_half_prefills():
         extra.append(time.process_time() - middle)
     ratio = statistics.median(extra) / statistics.median(plain) - 1
     assert ratio <= 2.5, f"kvzip takes {ratio:.2f} prefills on top"
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_two_questions_after_one_compression_beat_snapkv(shared_data):
+    """Card: questions that nobody knew when the context was compressed; the digits' mean log-probability decides."""
+    model, tokenizer = kvbudget.load("smollm2-135m")
+    words = (shared_data / "books" / "moby_dick.txt").read_text(encoding="utf-8")[20000:].split(" ")
+    needles = {"Paris": "48213", "Lagos": "90377"}
+    sentences = [f"The special magic number for {city} is {number}." for city, number in needles.items()]
+    context = " ".join([*words[:180], sentences[0], *words[180:330], sentences[1], *words[330:520]])
+    start = f"<|im_start|>user\n{context}"
+    ids = tokenizer(start, return_tensors="pt").input_ids
+    scores = {}
+    for policy in ("kvzip", "snapkv"):
+        base = KVCache(model, policy, "30%")
+        base.prefill(model, ids, tokenizer=tokenizer)
+        logs = []
+        for city, number in needles.items():
+            question = (
+                f"\n\nWhat is the special magic number for {city}?<|im_end|>\n<|im_start|>assistant\n"
+                f"The special magic number for {city} is "
+            )
+            asked, answer = (tokenizer(text, return_tensors="pt").input_ids for text in (question, number))
+            with torch.inference_mode():
+                logits = model(torch.cat([asked, answer], dim=1), past_key_values=base.fork()).logits[
+                    0, asked.shape[1] - 1 : -1
+                ]
+            logs.append(logits.log_softmax(-1).gather(1, answer[0][:, None]).mean().item())
+        scores[policy] = logs
+    assert sum(scores["kvzip"]) > sum(scores["snapkv"]) + 1.0, scores
+    assert min(scores["kvzip"]) > -1.0, scores
