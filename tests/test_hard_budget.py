@@ -171,8 +171,11 @@ def test_an_impossible_budget_is_refused_before_the_model_runs() -> None:
 @pytest.mark.parametrize("policy", ["full", "kivi(bits=4, residual=32)"])
 def test_a_policy_that_keeps_everything_refuses_what_does_not_fit(policy: str, batch: int) -> None:
     model, foreign = model_of("llama"), model_tensors(model_of("llama"))
-    cache = KVCache(model, policy, "64KiB")
     ids, mask = text(batch, 600)
+    with pytest.raises(BudgetError, match="keeps every entry") as error:
+        feed(model, KVCache(model, policy, "64KiB"), random_text(600), None, 0, 600)
+    enough_for_one = named_bytes(error)
+    cache = KVCache(model, policy, f"{enough_for_one if batch == 3 else enough_for_one - 1}B")
     with pytest.raises(BudgetError, match="keeps every entry") as error:
         feed(model, cache, ids, mask, 0, 600)
     assert cache.nbytes == 0 and not cache.seen
