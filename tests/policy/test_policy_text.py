@@ -307,4 +307,5 @@ def test_needs_and_promises_are_those_of_all_recipes() -> None:
     assert parse("streaming_llm").prefix_reusable
     assert parse("knorm+adakv+pyramidkv").prefix_reusable
     assert not parse("adakv").prefix_reusable and not parse("pyramidkv").prefix_reusable, "SnapKV comes along"
+    assert parse("razor_attention").prefix_reusable, "its own default scorer is recency"
     assert policy.prefill_peak == "bounded"

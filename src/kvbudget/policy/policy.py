@@ -52,11 +52,12 @@ class Policy:
 
     @property
     def prefix_reusable(self) -> bool:
-        """Whether the compressed context does not depend on the question; scorers brought along by default look at it."""
-        defaulted = any("scorer" in r.defaults() for r in self.recipes) and not any(
-            "scorer" in r.parts() for r in self.recipes
-        )
-        return all(recipe.prefix_reusable for recipe in self.recipes) and not defaulted
+        """Whether the compressed context does not depend on the question; a default scorer that watches queries does."""
+        if not all(recipe.prefix_reusable for recipe in self.recipes):
+            return False
+        decided = any("scorer" in recipe.parts() for recipe in self.recipes)
+        scorer = self.parts().scorer
+        return decided or scorer is None or not scorer.states
 
     @property
     def needs(self) -> tuple[str, ...]:
