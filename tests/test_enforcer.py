@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -238,6 +238,7 @@ def test_heads_that_compete_keep_the_best_of_the_layer() -> None:
     assert machine.positions(0) == [sorted(p for _, h, p in entries if h == head) for head in range(3)]
 
 
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=3), ragged=st.booleans(), page=st.sampled_from([1, 4]))
 def test_sequences_of_a_batch_are_independent(lengths: list[int], ragged: bool, page: int) -> None:
     longest = max(lengths)

@@ -114,7 +114,7 @@ def test_every_forward_ends_inside_the_budget(policy: str, batch: int) -> None:
     model = model_of("llama")
     least = smallest(model, policy, batch)
     cache = KVCache(model, policy, f"{least}B" if batch == 3 else f"{least * 5 // 4}B")
-    drive(model, cache, batch, chain([64, 1, 7, 7], repeat(1, 18), [30, 7, 3]), 137)
+    drive(model, cache, batch, chain([64, 1, 7, 7], repeat(1, 10), [30, 7, 3]), 129)
     assert cache.enforcer.evictions
 
 
@@ -216,7 +216,7 @@ def test_tokens_and_fractions_bound_the_entries(policy: str, batch: int) -> None
     ids, mask = text(batch, 150)
     for budget, mean in ((40, [40] * 3), ("25%", None)):
         cache = KVCache(model, policy, budget)
-        for begin, end in chunks(chain([64, 30], repeat(1, 18), [7, 9]), 128):
+        for begin, end in chunks(chain([64, 30], repeat(1, 10), [7, 9]), 120):
             feed(model, cache, ids, mask, begin, end)
             floor = cache.enforcer.floor
             each = mean or [max(floor, seen // 4) for seen in cache.seen]

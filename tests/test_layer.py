@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -186,6 +186,7 @@ def grown(batch: int = 2, n: int = 40, **options: object) -> tuple[LayerCache, O
     return layer, oracle
 
 
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from(["few", "many", "evict", "fork", "crop"]), min_size=1, max_size=7), st.data())
 def test_forks_go_separate_ways(actions: list[str], data: st.DataObject) -> None:
     lineages = [grown()]
