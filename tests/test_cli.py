@@ -143,7 +143,7 @@ def test_plan_prices_a_model_from_its_configuration(model_folder):
 
 def test_plan_says_why_a_budget_cannot_work(model_folder):
     output = invoke("plan", "--model", model_folder, "--context", "4096", "--budget", "12").stdout
-    assert "too small" in output and "give at least 33 tokens" in " ".join(output.split())
+    assert "give at least 33 tokens" in " ".join(output.split())
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,14 @@ def test_an_impossible_budget_is_a_row_that_says_what_would_do():
     assert all(p.entries == 0 and p.fits is False and "give at least" in p.problem for p in table.purchases)
 
 
+def test_a_method_that_holds_the_whole_prompt_cannot_keep_bytes():
+    table = plan(tiny_config("llama"), 1000, policy="kvzip", budgets=["25%", "64KiB"])
+    assert [p.problem is None for p in table.purchases] == [True] * 4 + [False] * 4
+    assert "whole prompt" in table.purchases[-1].problem
+    with pytest.raises(PolicyError, match="whole prompt"):
+        KVCache(tiny_model("llama"), "kvzip", "64KiB")
+
+
 def test_bad_questions_are_refused():
     config = tiny_config("llama")
     with pytest.raises(BudgetError, match="must be bytes"):
@@ -98,6 +106,8 @@ def test_bad_questions_are_refused():
         plan(config, 100, policy="snapkw")
     with pytest.raises(PolicyError, match="keeps every entry"):
         plan(config, 100, policy="kivi")
+    with pytest.raises(PolicyError, match="calibration"):
+        plan(config, 100, policy="razor_attention")
     with pytest.raises(UnsupportedModel, match="latent"):
         plan(tiny_config("deepseek_v3"), 100)
 

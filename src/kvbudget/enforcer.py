@@ -47,6 +47,7 @@ class Enforcer:
     evictions: int = 0
     measured: list[list[float | None]] = field(default_factory=list)
     _solved: dict[tuple, list[int]] = field(default_factory=dict)
+    _found: dict[int, tuple[tuple, list[int]]] = field(default_factory=dict)
 
     @property
     def protected(self) -> int:
@@ -137,6 +138,15 @@ class Enforcer:
 
     def shares(self, b: int) -> list[int]:
         """Entries that each layer may hold in place of sequence b, over all its KV heads."""
+        if self.parts.layers is not None and self.parts.layers.measures:
+            return self._share_out(b)
+        # Without measurements all layers of a forward would find the same.
+        stamp = (self.layers[0].seen[b], self._batch_size(), self.declared and self.declared[b])
+        if b not in self._found or self._found[b][0] != stamp:
+            self._found[b] = (stamp, self._share_out(b))
+        return self._found[b][1]
+
+    def _share_out(self, b: int) -> list[int]:
         seen = self._until(b)
         mean = self._mean(b)
         heads = [layer.num_kv_heads for layer in self.layers]
@@ -221,17 +231,19 @@ class Enforcer:
 
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""
-        return replace(self, layers=layers, measured=[list(row) for row in self.measured], _solved={})
+        return replace(self, layers=layers, measured=[list(row) for row in self.measured], _solved={}, _found={})
 
     def reset(self) -> None:
         """Forgets what was measured."""
         self.measured, self.filled, self.evictions = [], False, 0
         self._solved.clear()
+        self._found.clear()
 
     def select_sequences(self, index: Sequence[int]) -> None:
         """Sequence i goes on from the former sequence ``index[i]``."""
         self.measured = [[row[b] for b in index] if row else [] for row in self.measured]
         self._solved.clear()
+        self._found.clear()
 
     def settle_all(self, new_tokens: Sequence[int] | None = None) -> None:
         """Brings all layers back to their shares, after a forward of ``new_tokens[b]`` tokens (None: without slack)."""
@@ -247,7 +259,9 @@ class Enforcer:
         heads = layer.num_kv_heads
         held = layer.evictable()
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
-        layer.set_capacity(None if self.budget.kind == "none" else limits)
+        layer.set_capacity(
+            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
+        )
         if self.parts.heads is None:
             over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
         else:
@@ -261,6 +275,11 @@ class Enforcer:
             self._evict(layer, view, over, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
+
+    def _room(self, b: int, limit: int, heads: int) -> int:
+        """Entries of a layer that sequence b may have memory for: its limit, or as long as the whole text fits, its share."""
+        mean = self._mean(b)
+        return limit if self._grows or mean < self.layers[0].seen[b] else max(limit, int(mean) * heads)
 
     def _target(self, layer: LayerCache, b: int, limit: int, new_tokens: int) -> int:
         """Entries to evict down to: the limit, less those that come until the next eviction."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from kvbudget.kernels import flash
 from kvbudget.kernels.reference import Partial, merge
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
 FEW_TOKENS = 8
@@ -141,21 +142,21 @@ class LayerCache:
             segment.meta.step = FORK_STEP if self.main else segment.meta.step
             self.main.append(segment)
             self._limit_room()
+        segment = self.main[-1]
         if valid is None:
             counts = [n] * batch
-            step = torch.arange(n, device=key.device)[None, :]
-            position = torch.tensor(self.seen, device=key.device)[:, None] + step
             rows = (key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1]))
-            position = position[:, None].expand(batch, heads, n).reshape(-1)
         else:
             counts = valid.sum(1).tolist()
-            order = torch.tensor(self.seen, device=key.device)[:, None] + valid.long().cumsum(1) - 1
             grid = valid[:, None].expand(batch, heads, n)
             rows = (key[grid], value[grid])
-            position = order[:, None].expand(batch, heads, n)[grid]
-        meta = {"position": position.int()}
-        meta |= {name: torch.zeros(position.shape, device=key.device) for name in self.states}
-        self.main[-1].append(*rows, meta, [count for count in counts for _ in range(heads)])
+        row_counts = self._per_row(counts)
+        position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        # What is missing in an append is filled with zeros, so states are named once.
+        new = [name for name in self.states if name not in segment.meta.columns]
+        segment.append(
+            *rows, {"position": position} | {name: torch.zeros_like(position).float() for name in new}, row_counts
+        )
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
 
     def finish_forward(self) -> None:
@@ -164,7 +165,8 @@ class LayerCache:
             self._slide()
         for segment in self.segments:
             segment.seal()
-        self.paged = [length // self.page * self.page for length in self._main_lengths()]
+        if self.page > 1:
+            self.paged = [length // self.page * self.page for length in self._main_lengths()]
 
     def masses(self, query: Tensor, lse: Tensor, like: object) -> Iterator[tuple[Segment, list[Tensor]]]:
         """Attention mass per main segment from ``query [B, Hq, W, D]`` whose tokens are the newest entries held.
@@ -173,12 +175,13 @@ class LayerCache:
         """
         width = query.shape[2]
         rows = self._rows(query)
-        flat = lse.unflatten(1, (self.num_kv_heads, -1)).reshape(self.num_rows, -1)
-        ctx = AttendContext(like.scale, like.softcap, query_positions=self._positions(width, query.device))  # type: ignore[attr-defined]
+        flat = lse.reshape(self.num_rows, -1)
+        positions = self._positions(width, query.device) if width > 1 else None
         for index, segment in enumerate(self.main):
             tail = width if index == len(self.main) - 1 else 0
             if segment.longest:
-                yield segment, segment.mass(self._turned(segment, rows, width), flat, replace(ctx, causal_tail=tail))
+                ctx = AttendContext(like.scale, like.softcap, None, positions, tail)  # type: ignore[attr-defined]
+                yield segment, segment.mass(self._turned(segment, rows, width), flat, ctx)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
@@ -345,11 +348,12 @@ class LayerCache:
         positions = None
         if window is not None or tail > 1:
             positions = self._positions(n, query.device, call.valid, stored=bool(tail))
-        ctx = AttendContext(call.scale, call.softcap, window, positions)
+        newest = self.main[-1] if self.main else None
         for segment in self.segments:
             if segment.longest:
-                last = bool(self.main) and segment is self.main[-1]
-                yield segment.attend(self._turned(segment, query, n), replace(ctx, causal_tail=tail if last else 0))
+                own = tail if segment is newest else 0
+                ctx = AttendContext(call.scale, call.softcap, window, positions, own)
+                yield segment.attend(self._turned(segment, query, n), ctx)
 
     def _inside(self, call: AttentionCall) -> Partial:
         """Causal attention of the new tokens to each other, padding left out."""
@@ -392,11 +396,10 @@ class LayerCache:
 
     def _positions(self, n: int, device: torch.device, valid: Tensor | None = None, *, stored: bool = True) -> Tensor:
         """Positions of n query steps per row ``[R, n]``; ``stored`` says that their entries are counted as seen."""
-        seen = torch.tensor(self.seen, device=device)[:, None]
-        if valid is not None:
-            steps = seen + valid.long().cumsum(1) - 1
-        else:
-            steps = seen - (n if stored else 0) + torch.arange(n, device=device)
+        if valid is None:
+            begins = [seen - (n if stored else 0) for seen in self._per_row(self.seen)]
+            return ranges(begins, [n] * self.num_rows, device=device).view(self.num_rows, n)
+        steps = torch.tensor(self.seen, device=device)[:, None] + valid.long().cumsum(1) - 1
         return steps.repeat_interleave(self.num_kv_heads, dim=0)
 
     def _turned(self, segment: Segment, query: Tensor, n: int) -> Tensor:
@@ -423,6 +426,10 @@ class LayerCache:
             return
         first.absorb(trail, spare)
         self.main = self.main[: len(self.main) - len(trail)]
+
+    def _per_row(self, values: Sequence[int]) -> list[int]:
+        """Numbers of the sequences, repeated for their KV heads."""
+        return [value for value in values for _ in range(self.num_kv_heads)]
 
     def _main_lengths(self) -> list[int]:
         return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]

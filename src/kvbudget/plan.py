@@ -108,11 +108,19 @@ def plan(
     wanted = [Budget.parse(value) for value in budgets] + ([] if limit is None else [limit])
     overhead = overhead_bytes(config, dtype)
     chosen = parse(policy)
+    if "calibration" in chosen.needs:
+        raise PolicyError(f"what {chosen} keeps depends on a calibration of the model; plan with another method")
     purchases = []
     for budget in wanted:
         for codec, text in CODECS.items() if chosen.parts().codec is None else [("its own", "")]:
             priced = parse(f"{chosen}+{text}") if text else chosen
             enforcer = _enforcer(geometry, priced, budget, context, dtype, overhead, batch)
+            if budget.kind == "bytes" and priced.prefill_peak == "full_prompt":
+                problem = (
+                    f"{priced} must hold the whole prompt first, so it cannot keep {budget}; give a fraction or tokens"
+                )
+                purchases.append(Purchase(str(budget), codec, str(priced), 0, 0.0, 0, None, problem))
+                continue
             purchases.append(_purchase(enforcer, codec, context, batch, None if limit is None else int(limit.amount)))
     return CapacityPlan(
         model_type=config.model_type,

@@ -87,8 +87,8 @@ def _show(plan: CapacityPlan) -> None:
         grid.add_row(row[0].budget, *(_cell(purchase) for purchase in row))
     console.print(grid)
     console.print("entries per layer and KV head, and the bytes that they take with everything stored beside them")
-    problems = {purchase.problem for purchase in plan.purchases if purchase.problem}
-    for problem in sorted(problems):
+    problems = {purchase.budget: purchase.problem for purchase in reversed(plan.purchases) if purchase.problem}
+    for problem in reversed(problems.values()):  # of the first codec of each budget
         console.print(f"[yellow]{escape(problem)}[/yellow]")
     example = next((p for p in plan.purchases if p.fits is not False and p.entries == plan.context), None)
     if plan.memory is not None and example is not None:
@@ -105,7 +105,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _cell(purchase: Purchase) -> str:
     if purchase.problem:
-        return "[red]too small[/red]"
+        return "[red]no[/red]"
     color = {True: "green", False: "red", None: "default"}[purchase.fits]
     mark = {True: " fits", False: " no", None: ""}[purchase.fits]
     return f"[{color}]{purchase.entries:,} ({purchase.share:.0%})\n{format_bytes(purchase.nbytes)}{mark}[/{color}]"

@@ -38,7 +38,8 @@ class Queries:
         """
         width = self.query.shape[2] if count is None else min(count, self.query.shape[2])
         if self.valid is None:
-            return self.query[:, :, self.query.shape[2] - width :], self.lse[:, :, self.lse.shape[2] - width :]
+            at = slice(self.query.shape[2] - width, None)
+            return (self.query, self.lse) if at.start == 0 else (self.query[:, :, at], self.lse[:, :, at])
         # A stable sort brings the valid columns to the right in order, whatever the padding side.
         order = torch.argsort(self.valid.int(), dim=1, stable=True)[:, -width:]
         present = self.valid.gather(1, order)
@@ -136,10 +137,10 @@ class View:
         parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
         masses = [list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in parts]
         for found in zip(*masses, strict=True):
-            rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
-            if group == "mean":
-                rows = [row / members for row in rows]
-            found[0][0].add_to_state(name, rows, rows_decay)
+            segment, rows = found[0]
+            if len(found) > 1:
+                rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
+            segment.add_to_state(name, rows, rows_decay, 1 / members if group == "mean" else 1.0)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvbudget.kernels.reference import Partial
@@ -157,11 +158,17 @@ class Segment(ABC):
                 setattr(other, name, member.share())
         return other
 
-    def add_to_state(self, name: str, values: Sequence[Tensor], decay: Sequence[float]) -> None:
-        """Running update of a state column: ``state <- decay[r] * state + values[r]`` for each row r."""
+    def add_to_state(self, name: str, values: Sequence[Tensor], decay: Sequence[float], factor: float = 1.0) -> None:
+        """Running update of a state column: ``state <- decay[r] * state + factor * values[r]`` for each row r."""
         self.meta.own(name)
-        for r, (row, factor) in enumerate(zip(values, decay, strict=True)):
-            self.meta.row(name, r).mul_(factor).add_(row)
+        if self.meta.uniform and len(set(decay)) == 1:
+            grid = self.meta.grid(name)
+            if decay[0] != 1.0:
+                grid.mul_(decay[0])
+            grid.add_(torch.stack(list(values)), alpha=factor)
+            return
+        for r, (row, fading) in enumerate(zip(values, decay, strict=True)):
+            self.meta.row(name, r).mul_(fading).add_(row, alpha=factor)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when tables disagree."""

@@ -6,6 +6,28 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+# Up to this many appended cells, Python's own loops beat one call into torch per row.
+FEW_CELLS = 256
+
+
+def ranges(
+    begins: Sequence[int],
+    counts: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.int64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The numbers ``begins[r] .. begins[r] + counts[r] - 1`` of all rows after each other: ``[sum(counts)]``.
+
+    >>> ranges([5, 20], [2, 3]).tolist()
+    [5, 6, 20, 21, 22]
+    """
+    if sum(counts) <= FEW_CELLS:
+        numbers = [i for begin, count in zip(begins, counts, strict=True) for i in range(begin, begin + count)]
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    rows = zip(begins, counts, strict=True)
+    return torch.cat([torch.arange(b, b + n, dtype=dtype, device=device) for b, n in rows])
+
 
 class RaggedTable:
     """Named columns over R rows of different lengths.
@@ -118,8 +140,9 @@ class RaggedTable:
             self.reserve(
                 [max(self._room(r, n), c) for r, (n, c) in enumerate(zip(needed, self.capacities, strict=True))]
             )
-        even = self.uniform and len(set(counts)) == 1
-        where = self._destination([] if even else counts)
+        # Few cells are scattered by one index for all columns; many are copied row by row as blocks.
+        even = sum(counts) > FEW_CELLS and self.uniform and len(set(counts)) == 1
+        where = None
         for name in self.columns if any(counts) else ():
             column, cells = self.own(name), new.get(name)
             if even:
@@ -130,7 +153,9 @@ class RaggedTable:
                 else:
                     target.copy_(cells.reshape(target.shape))
             else:
-                where = where.to(column.device)
+                if where is None:
+                    begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+                    where = ranges(begins, counts, device=column.device)
                 if cells is None:
                     column.index_fill_(0, where, 0)
                 else:
@@ -226,14 +251,6 @@ class RaggedTable:
     def _room(self, row: int, needed: int) -> int:
         grown = needed + max(self.step, needed // 16)
         return grown if self.limits is None else max(needed, min(grown, self.limits[row]))
-
-    def _destination(self, counts: Sequence[int]) -> Tensor:
-        begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-        if not counts:
-            return torch.empty(0, dtype=torch.long)
-        if all(count == 1 for count in counts):
-            return torch.tensor(begins)
-        return torch.cat([torch.arange(b, b + n) for b, n in zip(begins, counts, strict=True)])
 
     def _select(self, keep: Tensor) -> tuple[Tensor, list[int]]:
         assert keep.shape == (self.num_rows, self.longest), f"mask {tuple(keep.shape)} for {self.num_rows} rows"
