@@ -239,8 +239,8 @@ def test_models_that_pass_never_touch_what_the_cache_returns(name: str, monkeypa
 
     expected = run(DynamicCache(config=model.config))
     mask = sdpa_mask if reference_attention(name) == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS["eager"]
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "opaque_test", unwrap)
-    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "opaque_test", mask)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "opaque_test", unwrap)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "opaque_test", mask)
     model.set_attn_implementation("opaque_test")
     torch.testing.assert_close(run(OpaqueCache(config=model.config)), expected, atol=1e-5, rtol=1e-5)
 
