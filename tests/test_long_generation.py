@@ -56,8 +56,15 @@ def test_memory_stays_constant(policy: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", (96, "48KiB"))
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "budget"),
+    [
+        ("h2o", 96),
+        ("streaming_llm(positions=cache)", "48KiB"),
+        ("snapkv(window=16)+adakv", 96),
+        ("snapkv(window=16)+adakv+kivi(bits=2, residual=32)", "48KiB"),
+    ],
+)
 def test_two_thousand_tokens_take_constant_memory_and_time_per_step(policy: str, budget: object):
     gauge = generate(policy, budget, 2000)[1]
     assert max(gauge.sizes[1500:]) <= max(gauge.sizes[:500])
