@@ -346,3 +346,54 @@ def test_prefill_in_chunks_stays_inside_at_every_progress_report() -> None:
 
     cache.prefill(model, random_text(800), progress=watch)
     assert seen == [0, 400, 800], "a byte budget takes the prompt in chunks of at most 512"
+
+
+@pytest.mark.parametrize("policy", ["snapkv(window=8)+kivi(residual=32)", "tova+kivi(bits=2, residual=64)"])
+def test_scattered_spans_hold_the_coded_units_that_they_touch(policy: str) -> None:
+    """A unit that is coded with one marked entry stays whole, and the smallest budget that is accepted knows that."""
+    spans = [(start, start + 3) for start in range(5, 380, 15)]
+    model, ids = model_of("llama"), random_text(400)
+    floor = KVCache(model, policy, 4000, protect=spans).enforcer.floor
+    with pytest.raises(BudgetError, match=f"at least {floor} tokens"):
+        KVCache(model, policy, floor - 1, protect=spans)
+    cache = KVCache(model, policy, floor, protect=spans)
+    for begin, end in chunks(repeat(50), 400):
+        feed(model, cache, ids, None, begin, end)
+        assert int(kept(cache).max()) <= floor
+
+
+def test_overlapping_spans_count_once() -> None:
+    overlapping, joined = ([(9, 30), (2, 12), (30, 33), (4, 5)], [(2, 33)])
+    caches = [KVCache(model_of("llama"), "knorm", 100, protect=spans) for spans in (overlapping, joined)]
+    assert caches[0].enforcer.spans == caches[1].enforcer.spans == joined
+
+
+@pytest.mark.parametrize(
+    "policy", ["snapkv(window=8)", "h2o", "snapkv(window=8)+adakv+kivi(bits=4, residual=32)", "mikv", "d2o"]
+)
+def test_sequences_that_are_repeated_share_the_bytes(policy: str) -> None:
+    model, ids = model_of("llama"), random_text(200)
+    least = KVCache(model, policy, "1GiB").enforcer.smallest_bytes(4)
+    cache = KVCache(model, policy, f"{least}B")
+    feed(model, cache, ids, None, 0, 180)
+    held, kept_before = cache.nbytes, kept(cache).tolist()
+    with pytest.raises(BudgetError, match="for 5 sequences"):
+        cache.batch_repeat_interleave(5)
+    assert kept(cache).tolist() == kept_before and cache.seen == [180] and cache.nbytes == held
+    cache.batch_repeat_interleave(4)
+    cache.check_integrity()
+    assert cache.nbytes <= least and cache.seen == [180] * 4
+    feed(model, cache, ids.repeat(4, 1), None, 180, 190)
+    cache.check_integrity()
+
+
+def test_what_keeps_everything_is_repeated_only_where_it_fits() -> None:
+    model, ids = model_of("llama"), random_text(100)
+    alone = KVCache(model, "full")
+    model(ids, past_key_values=alone)
+    cache = KVCache(model, "full", f"{3 * alone.nbytes}B")
+    model(ids, past_key_values=cache)
+    with pytest.raises(BudgetError, match="100 tokens of 6 sequences do not fit"):
+        cache.batch_repeat_interleave(6)
+    cache.batch_repeat_interleave(2)
+    assert cache.seen == [100, 100] and cache.nbytes <= 3 * alone.nbytes

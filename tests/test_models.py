@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -387,6 +388,9 @@ def test_an_interrupted_conversion_leaves_nothing_and_a_finished_one_is_used(
         with pytest.raises(KeyboardInterrupt):
             gguf.converted(packaged_gguf())
     assert list((tmp_path / "cache").iterdir()) == []
+    # A process that is killed cannot clean up after itself; the next conversion does.
+    dead = next(process for process in range(2**21, 2**22) if not psutil.pid_exists(process))
+    (tmp_path / "cache" / f".converting-{dead}-abc").mkdir()
     monkeypatch.setattr(gguf, "_convert", lambda path, target, pre_tokenizer: target.mkdir())
     folder = gguf.converted(packaged_gguf())
     assert [folder] == list((tmp_path / "cache").iterdir())

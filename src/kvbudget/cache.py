@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbudget import attention
+from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, with_trigger
 from kvbudget.attention import LayerHandle, LazyMask, TextLength
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
 from kvbudget.enforcer import Enforcer
-from kvbudget.errors import BudgetError, CacheError, PolicyError
+from kvbudget.errors import CacheError, PolicyError
+from kvbudget.guards import check_positions, check_rope_switch, has_gap, rope_switch
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.methods import parse
-from kvbudget.models import CacheGeometry, check_supported, fingerprint, rotation_of
-from kvbudget.policy.base import Parts, Recipe, Trigger
+from kvbudget.models import CacheGeometry, check_supported
+from kvbudget.policy.base import Recipe
 from kvbudget.policy.policy import Policy
 from kvbudget.policy.view import Queries, View
+from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
-from kvbudget.segments.base import Segment
-from kvbudget.segments.dense import DenseSegment
-from kvbudget.segments.quantized import QuantizedSegment
 
 if TYPE_CHECKING:
     from kvbudget.prefill import Prefilled
@@ -108,9 +108,9 @@ class KVCache(Cache):
         if policy == "auto":
             choice = choose(model, self.budget, length=max_length)
             policy, self.reason = choice.policy, choice.reason
-        self.policy = _bound(parse(policy), model)
-        self.parts = _with_trigger(self.policy.parts(), when)
-        self._check_recipe()
+        self.policy = bound(parse(policy), model)
+        self.parts = with_trigger(self.policy.parts(), when)
+        check_recipe(self.policy, self.parts, self.budget, self.geometry)
         self.dtype = model.dtype
         stores: list[LayerCache] = []
         layers: list[AttentionLayer | LinearAttentionLayer] = []
@@ -121,11 +121,11 @@ class KVCache(Cache):
             if shape.kind == "sliding":
                 store = LayerCache(index, shape.num_kv_heads, window=shape.window)
             else:
-                store = self._budgeted_layer(model, index)
+                store = budgeted_layer(model, index, self.geometry, self.parts, self.budget)
                 stores.append(store)
             layers.append(AttentionLayer(self, index, store, sliding=shape.kind == "sliding"))
         super().__init__(layers=layers)
-        spans = _checked_spans(protect)
+        spans = checked_spans(protect)
         cost = entry_cost(self.geometry, self.parts, self.dtype)
         overhead = overhead_bytes(model.config, self.dtype) if self.budget.kind == "bytes" else 0
         self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
@@ -142,7 +142,7 @@ class KVCache(Cache):
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
-        self._rope_switch = _rope_switch(model.config)
+        self._rope_switch = rope_switch(model.config)
         self.prefilled: Prefilled | None = None
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
@@ -214,12 +214,12 @@ class KVCache(Cache):
                 "call cache.prefill(model, input_ids) first, then generate() with ids that go on from there"
             )
         if self.probing is None:
-            self._check_positions(position_ids, valid, columns, store.seen or [0] * batch)
+            check_positions(position_ids, valid, columns, store.seen or [0] * batch)
             if not store.seen:
                 self.enforcer.check(batch)
-            self._check_rope_switch(store.seen, counts)
+            check_rope_switch(self._rope_switch, store.seen, counts)
             self.enforcer.admit(counts)
-            self._gaps = self._gaps or (valid is not None and _has_gap(valid, store.seen))
+            self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
         self._valid = valid
 
     def _end(self, big: bool) -> None:
@@ -230,41 +230,6 @@ class KVCache(Cache):
             self.enforcer.filled = True
         if big or not self.peak_bytes:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
-
-    def _check_positions(
-        self, position_ids: Tensor | None, valid: Tensor | None, columns: int, seen: Sequence[int]
-    ) -> None:
-        """Refuses text that the cache has seen already: its positions would start over."""
-        if position_ids is None or position_ids.ndim != 2 or not columns:
-            return
-        if valid is None:
-            first = position_ids[:, 0].tolist()
-        else:
-            column = valid.int().argmax(1).cpu()
-            rows = position_ids.expand(valid.shape[0], -1).cpu()
-            first = rows.gather(1, column[:, None])[:, 0].tolist()
-            columns += int(column.max())
-        for b, position in enumerate(first):
-            if valid is not None and not bool(valid[b].any()):
-                continue
-            held = seen[min(b, len(seen) - 1)]
-            if not held <= position <= columns:
-                raise CacheError(
-                    f"the new tokens start at position {position}, but the cache has seen {held} tokens of this text; pass "
-                    "only new tokens, or the full ids with a full attention_mask, and not the same text twice"
-                )
-
-    def _check_rope_switch(self, seen: Sequence[int], new: Sequence[int]) -> None:
-        """Refuses to go on where longrope begins to rotate the whole text differently, cached keys included."""
-        if self._rope_switch is None or not seen:
-            return
-        before, after = max(seen), max(s + n for s, n in zip(seen, new, strict=True))
-        if 0 < before <= self._rope_switch < after:
-            raise CacheError(
-                f"{after - before} tokens after {before} lead beyond {self._rope_switch}, where this model's longrope rotates "
-                "all keys differently, so the cached ones would be wrong; feed a longer prompt in one forward (no "
-                f"prefill_chunk_size), or stay within {self._rope_switch} tokens"
-            )
 
     def _commit(self, removed: int) -> None:
         """Carries out what was put off while the newest tokens of a recorded forward could still be taken back."""
@@ -292,7 +257,7 @@ class KVCache(Cache):
         """A recurrent layer's convolution state, which the model may change in place."""
         self._enter(layer_idx)
         if not torch.is_inference_mode_enabled():
-            _leave_inference(self.layers[layer_idx])
+            leave_inference(self.layers[layer_idx])
         return super().get_conv_state(layer_idx, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
@@ -340,7 +305,7 @@ class KVCache(Cache):
                 layer.store.truncate(tokens)
                 layer.columns -= tokens
             elif self.pending:
-                _shorten(layer, tokens)
+                shorten(layer, tokens)
         if self.prefilled is not None:
             self.prefilled = self.prefilled.first(self.get_seq_length())
         if self.pending:
@@ -371,14 +336,24 @@ class KVCache(Cache):
 
     @torch.inference_mode()
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps (or repeats) the sequences ``indices``."""
+        """Keeps (or repeats) the sequences ``indices``; more of them share what the budget holds.
+
+        Raises:
+            BudgetError: when the budget is too small for that many; nothing is changed then.
+        """
         index = indices.tolist()
+        grows = 0 < len(self.seen) < len(index)
+        if grows:
+            self.enforcer.check(len(index))
+            self.enforcer.admit_texts(max(self.seen[b] for b in index), len(index))
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
                 layer.store.select_sequences(index)
             else:
                 layer.reorder_cache(indices)
         self.enforcer.select_sequences(index)
+        if grows and self.budget.kind == "bytes" and self.parts.scorer is not None:
+            self.enforcer.settle_all()
         if self.prefilled is not None:
             self.prefilled = self.prefilled.select(index)
 
@@ -458,122 +433,3 @@ class KVCache(Cache):
                 layer.store.check_integrity()
         if self.budget.kind == "bytes" and not (self.pending or self.enforcer.suspended):
             assert self.nbytes <= self.budget.amount, f"{self.nbytes} bytes in a budget of {self.budget.amount}"
-
-    # -- construction --------------------------------------------------------------------------------------------------
-
-    def _check_recipe(self) -> None:
-        evicts = self.parts.scorer is not None
-        window = max(layer.window or 0 for layer in self.geometry.layers)
-        small = self.budget.kind == "fraction" or (self.budget.kind == "tokens" and self.budget.amount < window)
-        if evicts and small and not self.geometry.budgeted_layers:
-            raise BudgetError(
-                f"every layer of this model is a sliding window of {window} tokens, which no policy shrinks to "
-                f"{self.budget}; give at least {window} tokens, or bytes"
-            )
-        if self.budget.kind == "bytes" and self.policy.prefill_peak == "full_prompt":
-            raise PolicyError(
-                f"{self.policy} must hold the whole prompt before anything can leave, so the byte budget {self.budget} "
-                "cannot hold during the prefill; give tokens or a fraction (budget=1024, budget='25%'), or use a method "
-                "whose prefill is bounded (kvbudget methods)"
-            )
-        if self.budget.kind == "bytes" and self.parts.trigger.after_prefill and evicts:
-            raise BudgetError(
-                f"when='after_prefill' lets the cache grow while decoding, so the byte budget {self.budget} cannot hold; "
-                "use when='over_budget', or give tokens or a fraction"
-            )
-        bounded = self.parts.plan is not None or (self.parts.heads is not None and self.parts.heads.bounded)
-        if evicts and self.budget.kind == "none" and not bounded:
-            raise BudgetError(f"{self.policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
-
-    def _budgeted_layer(self, model: PreTrainedModel, index: int) -> LayerCache:
-        shape = self.geometry.layers[index]
-        parts = self.parts
-        scorer_states = () if parts.scorer is None else parts.scorer.states
-        extra = () if parts.destination is None else parts.destination.columns
-        rotation = rotation_of(model, index) if parts.position_mode == "cache" else None
-        layer = LayerCache(
-            index,
-            shape.num_kv_heads,
-            make_segment=_segment_maker(parts),
-            states=(*scorer_states, *extra),
-            rotation=rotation,
-        )
-        layer.page = parts.granularity.size
-        layer.hard = self.budget.kind == "bytes"
-        layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
-        return layer
-
-
-def _has_gap(valid: Tensor, seen: Sequence[int]) -> bool:
-    """Whether padding ``valid [B, n]`` follows tokens of its sequence, of which ``seen[b]`` came earlier."""
-    begun = valid.int().cummax(1).values.bool()
-    if seen:
-        begun |= torch.tensor([s > 0 for s in seen], device=valid.device)[:, None]
-    return bool((begun & ~valid).any())
-
-
-def _leave_inference(layer: LinearAttentionLayer) -> None:
-    """Makes states that were written under inference mode writable outside of it."""
-    for states in (layer.conv_states, layer.recurrent_states):
-        for i, state in states.items():
-            if state is not None and state.is_inference():
-                states[i] = state.clone()
-
-
-def _shorten(layer: LinearAttentionLayer, tokens: int) -> None:
-    """Takes the newest tokens out of a recorded convolution state and gives it its ordinary width again."""
-    for i, state in layer.conv_states.items():
-        if state is not None:
-            width = layer.conv_kernel_size[i]
-            state = state[..., : state.shape[-1] - tokens][..., -width:]
-            layer.conv_states[i] = torch.nn.functional.pad(state, (width - state.shape[-1], 0)).clone()
-
-
-def _rope_switch(config: PreTrainedConfig) -> int | None:
-    """The length of text beyond which longrope rotates all positions by other factors, if the model has it."""
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if parameters.get("rope_type") != "longrope":
-        return None
-    return parameters["original_max_position_embeddings"]
-
-
-def _segment_maker(parts: Parts) -> Any:
-    if parts.codec is None:
-        return DenseSegment
-    key_codec, value_codec = parts.codec
-
-    def make(num_rows: int) -> Segment:
-        return QuantizedSegment(num_rows, key_codec, value_codec)
-
-    return make
-
-
-def _bound(policy: Policy, model: PreTrainedModel) -> Policy:
-    """Lets recipes that need a calibration load it for this model."""
-    if "calibration" not in policy.needs:
-        return policy
-    mark = fingerprint(model)
-    return Policy(tuple(recipe.bind(mark) for recipe in policy.recipes))
-
-
-def _with_trigger(parts: Parts, when: str | None) -> Parts:
-    if when is None or when == "over_budget":
-        return parts
-    if when == "after_prefill":
-        trigger = Trigger(after_prefill=True)
-    elif when == "chunk":
-        trigger = Trigger(every=1)
-    elif when.startswith("every(") and when.endswith(")") and when[6:-1].isdigit() and int(when[6:-1]) > 0:
-        trigger = Trigger(every=int(when[6:-1]))
-    else:
-        raise PolicyError(f"when={when!r} is not a trigger; give over_budget, after_prefill, chunk or every(n)")
-    return Parts(**{**parts.__dict__, "trigger": trigger})
-
-
-def _checked_spans(protect: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    for start, end in protect:
-        if not 0 <= start < end:
-            raise PolicyError(
-                f"protect=({start}, {end}) is not a range of positions; give (start, end) with start < end"
-            )
-    return [(int(start), int(end)) for start, end in protect]

@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import struct
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from platformdirs import user_cache_dir
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -26,6 +28,7 @@ from kvbudget.errors import KVBudgetError
 
 # Part of a converted folder's name: raised whenever what a conversion writes changes, so that old folders are not read.
 _CONVERSION = "v1"
+_UNFINISHED = ".converting-"
 
 
 def cache_folder() -> Path:
@@ -51,7 +54,8 @@ def converted(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KVBudgetError(f"cannot write to {folder.parent}: {first_line(error)}; set KVBUDGET_CACHE") from error
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as unfinished:
+    _sweep(folder.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{_UNFINISHED}{os.getpid()}-", dir=folder.parent) as unfinished:
         with _one_error(path), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             _convert(path, Path(unfinished) / "model", str(metadata.get("tokenizer.ggml.pre", "")))
         try:
@@ -74,6 +78,14 @@ def config_of(path: Path) -> PreTrainedConfig:
 
 def _folder(path: Path) -> Path:
     return cache_folder() / f"{path.stem}-{_content_hash(path)}-{_CONVERSION}"
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed in the middle of a conversion have left."""
+    for left in folder.glob(f"{_UNFINISHED}*-*"):
+        process = left.name.removeprefix(_UNFINISHED).split("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _convert(path: Path, target: Path, pre_tokenizer: str) -> None:

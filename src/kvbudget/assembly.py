@@ -1,0 +1,115 @@
+"""Assembly: what a policy makes of a model's layers, and which of its combinations cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvbudget.budget import Budget
+from kvbudget.errors import BudgetError, PolicyError
+from kvbudget.layer import LayerCache
+from kvbudget.models import CacheGeometry, fingerprint, rotation_of
+from kvbudget.policy.base import Parts, Span, Trigger
+from kvbudget.policy.policy import Policy
+from kvbudget.segments.base import Segment
+from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.quantized import QuantizedSegment
+
+
+def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGeometry) -> None:
+    """Refuses policies that cannot keep this kind of budget on this model."""
+    evicts = parts.scorer is not None
+    window = max(layer.window or 0 for layer in geometry.layers)
+    small = budget.kind == "fraction" or (budget.kind == "tokens" and budget.amount < window)
+    if evicts and small and not geometry.budgeted_layers:
+        raise BudgetError(
+            f"every layer of this model is a sliding window of {window} tokens, which no policy shrinks to "
+            f"{budget}; give at least {window} tokens, or bytes"
+        )
+    if budget.kind == "bytes" and policy.prefill_peak == "full_prompt":
+        raise PolicyError(
+            f"{policy} must hold the whole prompt before anything can leave, so the byte budget {budget} "
+            "cannot hold during the prefill; give tokens or a fraction (budget=1024, budget='25%'), or use a method "
+            "whose prefill is bounded (kvbudget methods)"
+        )
+    if budget.kind == "bytes" and parts.trigger.after_prefill and evicts:
+        raise BudgetError(
+            f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
+            "use when='over_budget', or give tokens or a fraction"
+        )
+    bounded = parts.plan is not None or (parts.heads is not None and parts.heads.bounded)
+    if evicts and budget.kind == "none" and not bounded:
+        raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
+
+
+def budgeted_layer(
+    model: PreTrainedModel, index: int, geometry: CacheGeometry, parts: Parts, budget: Budget
+) -> LayerCache:
+    """Layer ``index`` with the segments, states and rotation that the policy's parts ask for."""
+    shape = geometry.layers[index]
+    scorer_states = () if parts.scorer is None else parts.scorer.states
+    extra = () if parts.destination is None else parts.destination.columns
+    rotation = rotation_of(model, index) if parts.position_mode == "cache" else None
+    layer = LayerCache(
+        index,
+        shape.num_kv_heads,
+        make_segment=segment_maker(parts),
+        states=(*scorer_states, *extra),
+        rotation=rotation,
+    )
+    layer.page = parts.granularity.size
+    layer.hard = budget.kind == "bytes"
+    layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
+    return layer
+
+
+def segment_maker(parts: Parts) -> Any:
+    """What makes a segment of a number of rows: dense, or behind the policy's codecs."""
+    if parts.codec is None:
+        return DenseSegment
+    key_codec, value_codec = parts.codec
+
+    def make(num_rows: int) -> Segment:
+        return QuantizedSegment(num_rows, key_codec, value_codec)
+
+    return make
+
+
+def bound(policy: Policy, model: PreTrainedModel) -> Policy:
+    """Lets recipes that need a calibration load it for this model."""
+    if "calibration" not in policy.needs:
+        return policy
+    mark = fingerprint(model)
+    return Policy(tuple(recipe.bind(mark) for recipe in policy.recipes))
+
+
+def with_trigger(parts: Parts, when: str | None) -> Parts:
+    """The parts with the trigger that ``when`` names (None: as they are)."""
+    if when is None or when == "over_budget":
+        return parts
+    if when == "after_prefill":
+        trigger = Trigger(after_prefill=True)
+    elif when == "chunk":
+        trigger = Trigger(every=1)
+    elif when.startswith("every(") and when.endswith(")") and when[6:-1].isdigit() and int(when[6:-1]) > 0:
+        trigger = Trigger(every=int(when[6:-1]))
+    else:
+        raise PolicyError(f"when={when!r} is not a trigger; give over_budget, after_prefill, chunk or every(n)")
+    return replace(parts, trigger=trigger)
+
+
+def checked_spans(protect: Sequence[tuple[int, int]]) -> list[Span]:
+    """The ranges in order, with those joined that overlap or touch, so that no entry counts twice."""
+    spans: list[Span] = []
+    for start, end in sorted(protect):
+        if not 0 <= start < end:
+            raise PolicyError(
+                f"protect=({start}, {end}) is not a range of positions; give (start, end) with start < end"
+            )
+        if spans and start <= spans[-1][1]:
+            start, end = spans[-1][0], max(spans.pop()[1], end)
+        spans.append((int(start), int(end)))
+    return spans
