@@ -45,7 +45,9 @@ class Plain:
             coded = per_channel(torch.stack([entry.key for entry in due]), self.key_bits, self.unit)
             for entry, key in zip(due, coded, strict=True):
                 entry.key, entry.key_coded = key.float(), True
-        for entry in self.entries[: max(0, len(self.entries) - self.residual)]:
+        waiting = [entry for entry in self.entries if not entry.value_coded]
+        lump = max(1, min(16, self.residual // 8))
+        for entry in waiting[: max(0, len(waiting) - self.residual) // lump * lump]:
             if not entry.value_coded:
                 entry.value = per_token(entry.value, self.value_bits, 8).float()
                 entry.value_coded = True
@@ -169,7 +171,8 @@ def test_key_tails_cycle_and_value_tails_stay(step, residual):
         pair.append([step, step])
         pair.seal()
         assert pair.segment.key.tail.lengths == [total % residual] * 2
-        assert pair.segment.value.tail.lengths == [min(total, residual)] * 2
+        lump = residual // 8
+        assert pair.segment.value.tail.lengths == [min(total, residual + (total - residual) % lump)] * 2
     pair.check()
 
 

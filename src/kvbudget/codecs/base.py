@@ -14,12 +14,25 @@ class Codec(ABC):
     """Encodes units of `unit` consecutive entries of one row into named flat columns, a cell per unit.
 
     ``residual`` newest entries stay in full precision: with ``cyclic`` the tail runs from 0 to ``residual - 1`` entries and
-    is encoded all at once when it is full, else it holds the last ``residual`` entries always.
+    is encoded all at once when it is full, else the last ``residual`` entries always stay, and `lump` more are awaited, so
+    that a decode step does not pay for an encoding each.
     """
 
     unit: int
     residual: int
     cyclic: bool
+
+    @property
+    def lump(self) -> int:
+        """Entries that are encoded together at least: an eighth of the residual, no more than 16, whole units."""
+        if self.cyclic:
+            return max(self.unit, self.residual)
+        return -(-max(1, min(16, self.residual // 8)) // self.unit) * self.unit
+
+    @property
+    def longest_tail(self) -> int:
+        """Full-precision entries that a forward of one token may hold before it encodes what is due."""
+        return self.residual + (1 if self.cyclic else self.lump)
 
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:

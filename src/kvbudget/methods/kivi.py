@@ -13,7 +13,8 @@ class Kivi(Recipe):
 
     Paper: Liu et al., arXiv 2402.02750, 2024 (ICML), section 3 and algorithm 1. The newest keys stay in full precision
     until ``residual`` of them are there, which are then coded at once (so the key tail runs from 0 to residual - 1); the
-    last ``residual`` values always stay. What has been coded is never coded again; eviction takes keys in whole groups.
+    last ``residual`` values always stay (the paper codes one value a step, here an eighth of the residual and at most 16 come
+    together, so that a step does not pay for it). What has been coded is never coded again; eviction takes keys in whole groups.
     True bits per element: ``bits + 32 / group``. Attention over the prompt itself uses full precision. Claim: 2 bits
     almost without loss, 2.6x less memory; the authors advise 4 bits for grouped-query models.
 

@@ -19,7 +19,7 @@ class CodecStore:
         self.codec = codec
         self.sealed = RaggedTable(num_rows, step=-(-64 // codec.unit))
         self.tail = RaggedTable(num_rows)
-        self.tail.limits = [codec.residual + 1] * num_rows
+        self.tail.limits = [codec.longest_tail] * num_rows
 
     @property
     def num_sealed(self) -> list[int]:
@@ -38,9 +38,8 @@ class CodecStore:
         codec = self.codec
         due = []
         for length in self.tail.lengths:
-            step = max(codec.unit, codec.residual) if codec.cyclic else codec.unit
             over = length if codec.cyclic else max(0, length - codec.residual)
-            due.append(over // step * step)
+            due.append(over // codec.lump * codec.lump)
         if not any(due):
             return
         index = torch.arange(self.tail.longest)
