@@ -97,10 +97,11 @@ class Enforcer(Shares):
             over = [
                 sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
             ]
-        if any(over):
-            fresh = new_tokens or view.new_tokens
+        fresh = new_tokens or view.new_tokens
+        due = self._due(layer, view, fresh)
+        if any(over) or any(due):
             targets = [self._target(layer, b, limits[b], fresh[b]) for b in range(layer.batch_size)]
-            self._evict(layer, view, over, targets, limits)
+            self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
 
@@ -153,7 +154,17 @@ class Enforcer(Shares):
         self.measured = [list(row) for row in zip(*shares, strict=True)]
         return True
 
-    def _evict(self, layer: LayerCache, view: View, over: list[bool], targets: list[int], limits: list[int]) -> None:
+    def _due(self, layer: LayerCache, view: View, new_tokens: Sequence[int]) -> list[bool]:
+        """Sequences in which entries below the policy's threshold leave now: after every ``every``-th of their tokens."""
+        if self.parts.threshold is None:
+            return [False] * layer.batch_size
+        every = self.parts.trigger.every
+        passed = [seen // every > (seen - new) // every for seen, new in zip(layer.seen, new_tokens, strict=True)]
+        return [view.queries is None or p for p in passed]
+
+    def _evict(
+        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], limits: list[int]
+    ) -> None:
         assert self.parts.scorer is not None
         heads = layer.num_kv_heads
         scores = self.parts.scorer.score(view).float()
@@ -178,11 +189,22 @@ class Enforcer(Shares):
             recent = (counts * self.parts.protect.recent_share).long()
             recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
             protected = protected | (newest(view.positions, recent) & valid)
+        if self.parts.threshold is not None:
+            passing = (((scores >= self.parts.threshold) | protected) & valid).sum(-1)
+            acts = torch.tensor([o or d for o, d in zip(over, due, strict=True)], device=scores.device)
+            counts = torch.where(acts[:, None], counts.minimum(passing), counts)
+            if bool((counts >= valid.sum(-1)).all()):
+                return
+        judged = scores
+        if self.parts.refinement is not None:
+            judged = self.parts.refinement.refine(view, scores, protected, counts)
         units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads)) if self._in_units(layer) else None
-        keep = select(scores, protected, valid, counts, units).flatten(0, 1)
+        keep = select(judged, protected, valid, counts, units).flatten(0, 1)
         # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
         kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
         spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
+        if self.parts.threshold is not None:  # which leaves the share far from full
+            spare = min(spare, self.parts.trigger.every)
         evicted = None
         if self.parts.destination is not None:
             evicted = self._gather(layer, ~keep & valid.flatten(0, 1), scores.flatten(0, 1))

@@ -50,7 +50,9 @@ class AttentionCall:
 class LayerCache:
     """Entries of one layer: ``front`` segments (a destination's own) and ``main`` segments (what the policy evicts from).
 
-    ``statistics`` are a destination's own tensors per row ``[R, ...]``, which are replaced and never written in place.
+    ``statistics`` are a scorer's or a destination's own tensors per row ``[R, ...]``, which are replaced and never written in
+    place. ``marks`` are the kinds of tokens (`kvbudget.policy.marks`) of each sequence's text as far as they are known, which
+    belong to the text like its ids and are not counted.
     ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
     number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
@@ -75,6 +77,7 @@ class LayerCache:
         self.main: list[Segment] = []
         self.front: list[Segment] = []
         self.statistics: dict[str, Tensor] = {}
+        self.marks: list[Tensor] = []
         self.seen: list[int] = []
         self.apart = 0
         self.shift: list[int] | None = None
@@ -297,6 +300,7 @@ class LayerCache:
             last = self.main[-1]
             last.truncate([length - tokens for length in last.lengths])
             self.seen = [seen - tokens for seen in self.seen]
+            self.marks = [marks[:seen] for marks, seen in zip(self.marks, self.seen, strict=False)]
             self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
             self._limit_room()
 
@@ -307,6 +311,7 @@ class LayerCache:
         for segment in self.segments:
             segment.select_rows(rows)
         self.statistics = {name: column[rows] for name, column in self.statistics.items()}
+        self.marks = [self.marks[b] for b in index] if self.marks else []
         self.paged = [self.paged[r] for r in rows]
         self.seen = [self.seen[b] for b in index]
         if self.shift is not None:

@@ -93,7 +93,7 @@ def prefill(
         attention_mask: ``[B, T]`` over the whole text, for batches that are padded on the left.
         question_ids: ``[B, Q]`` what will be asked, for policies whose plan looks at it (others refuse it).
         chunk_size: tokens per forward at most.
-        tokenizer: lets a plan word its own instructions (kvzip).
+        tokenizer: lets a plan word its own instructions (kvzip), and tells what kinds of tokens the text has (fastgen).
         progress: called with tokens done and in total, extra passes included.
 
     Returns:
@@ -116,6 +116,8 @@ def prefill(
         raise PolicyError(f"chunk_size={chunk_size} must be at least 1")
     ids, mask = _checked(cache, input_ids, attention_mask)
     job = Prefill(cache, model, ids, mask, question_ids, chunk_size, tokenizer, progress)
+    if cache.parts.uses_marks and tokenizer is not None:
+        cache.mark(ids, mask, tokenizer)
     before, cache.prefilled = cache.prefilled, cache.prefilled or Prefilled.of(ids[:, :0])
     cache.enforcer.declared = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     try:

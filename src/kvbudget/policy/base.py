@@ -17,12 +17,31 @@ if TYPE_CHECKING:
     from kvbudget.policy.view import View
 
 Span = tuple[int, int]
-Role = Literal["scorer", "layers", "heads", "granularity", "destination", "codec", "trigger", "plan", "protect"]
+CHOSEN = 1e6
+"""A refined score above all others, below the infinity of protected entries."""
+Role = Literal[
+    "scorer",
+    "layers",
+    "heads",
+    "refinement",
+    "threshold",
+    "granularity",
+    "destination",
+    "codec",
+    "trigger",
+    "plan",
+    "protect",
+]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Base of every part of a policy: a frozen value with plain fields, so that it prints, compares and hashes."""
+    """Base of every part of a policy: a frozen value with plain fields, so that it prints, compares and hashes.
+
+    ``uses_marks`` says that the part looks at `View.marks`, which `kvbudget.prefill` makes from the tokenizer.
+    """
+
+    uses_marks: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -30,11 +49,20 @@ class Scorer(Part, ABC):
     """Judges entries: higher means keep. ``states`` names the running per-entry state columns it keeps (float32).
 
     ``aligned`` scorers give all KV heads of a layer the same scores, computed over heads that hold the same entries; they
-    cannot go together with an allocator over heads.
+    cannot go together with an allocator over heads. ``rotates`` scorers use `View.rotation`, so models whose keys follow no
+    verified rotation are refused.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
+
+    def fixed_bytes(self, key_dim: int, group: int) -> float:
+        """Bytes per sequence and KV head of the scorer's own statistics (`View.set_statistic`), whatever is kept.
+
+        ``group`` query heads of ``key_dim`` elements read one KV head.
+        """
+        return 0.0
 
     def observe(self, view: View) -> None:
         """Updates running states after the attention of a forward; `View` then covers the new entries too."""
@@ -105,6 +133,15 @@ class HeadAllocator(Part, ABC):
     @abstractmethod
     def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
         """Entries per KV head, summing to ``total``, from one sequence's ``scores, protected, valid [Hkv, T]``."""
+
+
+@dataclass(frozen=True)
+class Refinement(Part, ABC):
+    """Scores that depend on how many entries may stay: a second look between the allocation and the selection."""
+
+    @abstractmethod
+    def refine(self, view: View, scores: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
+        """New scores ``[B, Hkv, T]``, of which the best ``counts [B, Hkv]`` of each row are kept, protected ones first."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +245,16 @@ class Plan(Part):
 
 @dataclass(frozen=True)
 class Parts:
-    """A resolved policy: one part per role. ``scorer=None`` keeps everything."""
+    """A resolved policy: one part per role. ``scorer=None`` keeps everything.
+
+    Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
+    """
 
     scorer: Scorer | None = None
     layers: LayerAllocator | None = None
     heads: HeadAllocator | None = None
+    refinement: Refinement | None = None
+    threshold: float | None = None
     granularity: Granularity = Granularity()
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
@@ -221,12 +263,17 @@ class Parts:
     protect: Protect = Protect()
     position_mode: Literal["original", "cache"] = "original"
 
+    @property
+    def uses_marks(self) -> bool:
+        """Whether one of the parts looks at what kinds of tokens the entries belong to."""
+        return any(getattr(part, "uses_marks", False) for part in self.__dict__.values())
+
 
 class Recipe:
     """A published method: a frozen dataclass that names its paper and composes `parts`.
 
     Class attributes: ``name``; ``aliases``; ``role`` and ``phase`` (one line each, for the table of methods); ``paper``;
-    ``needs`` (plan, calibration, driver, queries, keys); ``prefill_peak`` ("bounded", or "full_prompt" when the whole
+    ``needs`` (plan, calibration, driver, queries, keys, tokens); ``prefill_peak`` ("bounded", or "full_prompt" when the whole
     prompt must be held before anything can leave); ``lossless_when_fits``; ``prefix_reusable`` (the question is not
     looked at, so one compressed context serves many questions).
     """
