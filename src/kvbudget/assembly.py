@@ -53,7 +53,7 @@ def budgeted_layer(
     shape = geometry.layers[index]
     scorer_states = () if parts.scorer is None else parts.scorer.states
     extra = () if parts.destination is None else parts.destination.columns
-    rotates = parts.position_mode == "cache" or (parts.scorer is not None and parts.scorer.rotates)
+    rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
     layer = LayerCache(
         index,
@@ -64,6 +64,7 @@ def budgeted_layer(
     )
     layer.page = parts.granularity.size
     layer.hard = budget.kind == "bytes"
+    layer.moving = parts.position_mode == "moved"
     layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
     return layer
 

@@ -80,6 +80,7 @@ class LayerCache:
         self.marks: list[Tensor] = []
         self.seen: list[int] = []
         self.apart = 0
+        self.moving = False
         self.shift: list[int] | None = None
         self.capacity: list[int] | None = None
         self.hard = False
@@ -205,6 +206,7 @@ class LayerCache:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
         begin = 0
         before = self._main_lengths()
+        moves = self._moves(keep) if self.moving else None
         for segment in self.main:
             segment.take(keep[:, begin : begin + (width := segment.longest)], spare if segment is self.main[-1] else 0)
             begin += width
@@ -212,10 +214,30 @@ class LayerCache:
         if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
+        if moves is not None:
+            self._move(moves)
         if not self.apart:
             return
         gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
+
+    def _moves(self, keep: Tensor) -> list[Tensor]:
+        """Per row, by how many positions each kept key has to move so that what is evicted leaves no gap behind it."""
+        gone = torch.cat([segment.meta.valid(keep.device) for segment in self.main], dim=1) & ~keep
+        behind = gone.sum(1, keepdim=True) - gone.cumsum(1)
+        return [behind[r][keep[r]] for r in range(self.num_rows)]
+
+    def _move(self, moves: Sequence[Tensor]) -> None:
+        """Rotates the kept keys; those that are coded stay where they are."""
+        assert self.rotation is not None
+        done = [0] * self.num_rows
+        for segment in self.main:
+            for r, length in enumerate(segment.lengths):
+                delta = moves[r][done[r] : done[r] + length]
+                done[r] += length
+                if bool(delta.any()):
+                    keys, _ = segment.writable(r)
+                    keys.copy_(self.rotation.rotate(keys, delta[length - len(keys) :]))
 
     def _set_apart(self, spare: int) -> None:
         """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns."""

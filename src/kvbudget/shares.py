@@ -24,7 +24,8 @@ class Shares:
     ``cost`` turns bytes into entries; ``overhead`` is what one sequence holds outside of the budgeted layers (sliding
     windows, convolution and recurrent states), in bytes. ``max_length`` is the declared length of the text in tokens,
     ``declared[b]`` that of sequence b while a prefill knows it; ``spans`` are the user's protected ranges of positions.
-    ``text`` is the policy as the user wrote it, for messages; ``measured[l][b]`` is what the allocator over layers found.
+    ``granted[b]`` are the entries per layer and KV head that a plan under way grants at most. ``text`` is the policy as the
+    user wrote it, for messages; ``measured[l][b]`` is what the allocator over layers found.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Shares:
     max_length: int | None = None
     spans: list[Span] = field(default_factory=list)
     declared: list[int] | None = None
+    granted: list[float] | None = None
     measured: list[list[float | None]] = field(default_factory=list)
     _solved: dict[tuple, list[int]] = field(default_factory=dict)
     _found: dict[int, tuple[tuple, list[int]]] = field(default_factory=dict)
@@ -143,7 +145,8 @@ class Shares:
         if self.parts.layers is not None and self.parts.layers.measures:
             return self._share_out(b)
         # Without measurements all layers of a forward would find the same.
-        stamp = (self.layers[0].seen[b], self._batch_size(), self.declared and self.declared[b])
+        known = (self.declared and self.declared[b], self.granted and self.granted[b])
+        stamp = (self.layers[0].seen[b], self._batch_size(), *known)
         if b not in self._found or self._found[b][0] != stamp:
             self._found[b] = (stamp, self._share_out(b))
         return self._found[b][1]
@@ -207,7 +210,8 @@ class Shares:
         seen = self._until(b)
         if self.budget.kind == "fraction" and self.declared is not None:
             seen = max(seen, self.declared[b])
-        return self.mean_entries(seen)
+        mean = self.mean_entries(seen)
+        return mean if self.granted is None else min(mean, self.granted[b])
 
     @cached_property
     def _grows(self) -> bool:

@@ -248,6 +248,8 @@ class Parts:
     """A resolved policy: one part per role. ``scorer=None`` keeps everything.
 
     Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
+    ``position_mode``: keys keep their ``original`` positions, or positions are those inside of the cache, either by turning
+    the queries for the sinks (``cache``, for sinks and a recent window) or by moving keys as others leave (``moved``).
     """
 
     scorer: Scorer | None = None
@@ -261,7 +263,7 @@ class Parts:
     trigger: Trigger = Trigger()
     plan: Plan | None = None
     protect: Protect = Protect()
-    position_mode: Literal["original", "cache"] = "original"
+    position_mode: Literal["original", "cache", "moved"] = "original"
 
     @property
     def uses_marks(self) -> bool:
