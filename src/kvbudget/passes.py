@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget.layer import AttentionCall
 from kvbudget.policy.base import Span
+from kvbudget.policy.plans import Lookahead
 from kvbudget.policy.view import Queries, View
 
 if TYPE_CHECKING:
@@ -70,6 +71,22 @@ class Prefill:
         if self.mask is None:
             return [row.tolist() for row in ids]
         return [row[real].tolist() for row, real in zip(ids, self.mask[:, begin:end], strict=True)]
+
+    def tokens(self, begin: int = 0, end: int | None = None) -> list[int]:
+        """Tokens of each sequence between two columns."""
+        if self.mask is None:
+            return [self.ids[:, begin:end].shape[1]] * len(self.ids)
+        return self.mask[:, begin:end].sum(1).tolist()
+
+    def entries(self) -> list[float]:
+        """Entries per layer and KV head that the budget buys each sequence for the whole prompt."""
+        return [self.cache.enforcer.mean_entries(n, len(self.ids)) for n in self.tokens()]
+
+    def held(self) -> list[float]:
+        """Entries that each sequence holds, on average over layers and KV heads."""
+        counts = [[sum(row) for row in layer.evictable()] for layer in self.cache.enforcer.layers]
+        heads = sum(layer.num_kv_heads for layer in self.cache.enforcer.layers)
+        return [sum(rows) / heads for rows in zip(*counts, strict=True)] if counts[0] else [0.0] * len(self.ids)
 
     @contextmanager
     def judging(self) -> Iterator[None]:
@@ -130,6 +147,45 @@ class Prefill:
         finally:
             cache.probing = cache.broken = cache._valid = None
         self._advance(int(real.sum()) // len(rows))
+
+    def draft(self, logits: Tensor, plan: Lookahead) -> dict[int, Queries]:
+        """Decodes greedily from ``logits [B, V]`` on a copy of the cache that the plan compresses; its queries by layer.
+
+        Empty where every sequence ends with the first token. Queries ``[B, Hq, n, D]`` carry no lse: they are for a softmax
+        over held entries alone.
+        """
+        copied = self.cache.fork()
+        copied.parts = replace(self.cache.parts, scorer=plan.draft, protect=plan.protect, plan=None)
+        copied.enforcer.parts, copied.enforcer.suspended = copied.parts, False
+        copied.enforcer.settle_all()
+        other = replace(self, cache=copied, progress=None)
+        ends = self.model.generation_config.eos_token_id
+        stop = torch.tensor([] if ends is None else ends, device=logits.device).flatten()
+        going = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        found: dict[int, list[Queries]] = {}
+        valid = []
+        for _ in range(plan.tokens):
+            token = logits.argmax(-1)
+            going = going & ~torch.isin(token, stop)
+            if not bool(going.any()):
+                break
+            valid.append(going)
+            seen = copied.get_seq_length()
+            other.ids = torch.cat([other.ids[:, :seen], token[:, None]], dim=1)
+            if other.mask is not None:
+                other.mask = torch.cat([other.mask[:, :seen], torch.ones_like(token, dtype=torch.bool)[:, None]], dim=1)
+            copied.activate_past_recording()
+            logits = other._forward(self.model, seen, seen + 1).logits[:, -1]
+            for index, queries in copied._recorded.items():
+                found.setdefault(index, []).append(queries)
+            copied.crop(0)
+        self._advance(plan.tokens)
+        joined = {}
+        for index, steps in found.items():
+            query = torch.cat([step.query for step in steps], dim=2)
+            unknown = query.new_zeros(query.shape[:3])
+            joined[index] = replace(steps[0], query=query, lse=unknown, valid=torch.stack(valid, dim=1), own=unknown)
+        return joined
 
     def _forward(self, module: Any, start: int, stop: int, **options: Any) -> Any:
         positions = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvbudget.errors import PolicyError
-from kvbudget.passes import Prefill
+from kvbudget.passes import Prefill, bounds
 from kvbudget.policy.base import Plan, Span
-from kvbudget.policy.plans import Chunked, Reconstruct
+from kvbudget.policy.plans import Chunked, Episode, Lookahead, QuestionChunks, Reconstruct, Reread
+from kvbudget.policy.view import View
 
 BOUNDED_CHUNK = 512
 """Tokens per forward under a byte budget, so that the prefill's peak is bounded too."""
@@ -39,6 +41,85 @@ def _(plan: Reconstruct, job: Prefill) -> Tensor:
         for rows, spans in passes:
             job.probe(rows, spans)
         job.settle()
+    return logits
+
+
+@run.register
+def _(plan: Reread, job: Prefill) -> Tensor:
+    seen = job.cache.seen or [0] * len(job.ids)
+    rows = [text[start:] for text, start in zip(job.texts(), seen, strict=True)]
+    job.begin(sum(map(len, rows)) // len(rows))
+    with job.judging():
+        logits = job.feed(job.chunk_size or 0)
+        job.probe(rows, [(start, start + len(row)) for start, row in zip(seen, rows, strict=True)])
+        job.settle()
+    return logits
+
+
+@run.register
+def _(plan: Lookahead, job: Prefill) -> Tensor:
+    scorer = job.cache.parts.scorer
+    assert scorer is not None
+    job.begin(plan.tokens)
+    with job.judging(), torch.inference_mode():
+        logits = job.feed(job.chunk_size or 0)
+        drafted = job.draft(logits, plan)
+        for layer in job.cache.enforcer.layers:
+            # A draft that ends at once has no queries, and the votes of the prompt's end alone remain.
+            if drafted:
+                scorer.probe(View(layer, drafted[layer.layer_idx]), [(0, n) for n in layer.seen])
+        job.settle()
+    return logits
+
+
+@run.register
+def _(plan: QuestionChunks, job: Prefill) -> Tensor:
+    begin, end = job.cache.get_seq_length(), job.ids.shape[1]
+    if job.question_ids is not None:
+        questions = job.question_ids.expand(len(job.ids), -1).tolist()
+    else:
+        end = max(begin, end - plan.window)
+        questions = job.texts(end)
+    room = job.entries()
+    size = job.chunk_size or plan.chunk or int(min([*room, end]))
+    pieces = bounds(begin, end, max(1, size)) if begin < end else []
+    job.begin(len(pieces) * sum(map(len, questions)) // len(questions))
+    before = job.held()
+    with job.judging():
+        for _, stop in pieces:
+            logits = job.feed(until=stop)
+            job.probe(questions, [(0, n) for n in job.cache.seen])
+            read, all_of_it = job.tokens(begin, stop), job.tokens(begin, end)
+            rows = zip(room, before, questions, read, all_of_it, strict=True)
+            job.settle([_granted(mean - len(asked), held, done, total) for mean, held, asked, done, total in rows])
+    if end < job.ids.shape[1]:
+        logits = job.feed()
+    return logits
+
+
+def _granted(mean: float, held: float, done: int, total: int) -> float:
+    """Entries that a sequence may hold after ``done`` of ``total`` new tokens, from what it held before on."""
+    return held + max(0.0, mean - held) * done / total if 0 < done < total else mean if done else held
+
+
+@run.register
+def _(plan: Episode, job: Prefill) -> Tensor:
+    from kvbudget.episodes import Clusters
+
+    asked = [None] * len(job.ids) if job.question_ids is None else job.question_ids.expand(len(job.ids), -1).tolist()
+    spoken = []
+    for text, question in zip(job.texts(), asked, strict=True):
+        alone = question is None and plan.only is None
+        clusters = Clusters.of(job.model, text, plan, 1 if alone else plan.episodes)
+        which = plan.only or 0 if question is None else clusters.nearest(job.model, question)
+        spoken.append(clusters.texts[which])
+    pieces = bounds(job.cache.get_seq_length(), job.ids.shape[1], job.chunk_size or plan.block)
+    job.begin(len(pieces) * sum(map(len, spoken)) // len(spoken))
+    with job.judging():
+        for _, stop in pieces:
+            logits = job.feed(until=stop)
+            job.probe(spoken, [(0, n) for n in job.cache.seen])
+            job.settle()
     return logits
 
 
@@ -79,5 +160,3 @@ def _instructions(
     if plan.instruction_ids:
         return plan.instruction_ids, plan.instruction_ids, turn
     return encode(plan.first), encode(plan.later), turn
-
-

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
+from kvbudget.policy.scoring import by_layer
 from kvbudget.policy.view import View
 
 
@@ -36,5 +37,4 @@ class NewestAttention(Scorer):
         view.add_mass("newest", 1, [0.0 if new else 1.0 for new in view.new_tokens])
 
     def score(self, view: View) -> Tensor:
-        weights = view.state("newest")
-        return weights.mean(1, keepdim=True).expand_as(weights)
+        return by_layer(view.state("newest"))
