@@ -52,9 +52,9 @@ class LayerCache:
 
     ``statistics`` are a scorer's or a destination's own tensors per row ``[R, ...]``, which are replaced and never written in
     place. ``marks`` are the kinds of tokens (`kvbudget.policy.marks`) of each sequence's text as far as they are known, which
-    belong to the text like its ids and are not counted.
-    ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
-    number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
+    belong to the text like its ids and are not counted. ``seen[b]`` counts the tokens of sequence b that passed through,
+    ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
+    the layer's own sliding window: entries outside of it are dropped after every forward.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -79,6 +79,7 @@ class LayerCache:
         self.statistics: dict[str, Tensor] = {}
         self.marks: list[Tensor] = []
         self.seen: list[int] = []
+        self.prompt: list[int] = []
         self.apart = 0
         self.moving = False
         self.shift: list[int] | None = None
@@ -336,6 +337,7 @@ class LayerCache:
         self.marks = [self.marks[b] for b in index] if self.marks else []
         self.paged = [self.paged[r] for r in rows]
         self.seen = [self.seen[b] for b in index]
+        self.prompt = [self.prompt[b] for b in index] if self.prompt else []
         if self.shift is not None:
             self.shift = [self.shift[b] for b in index]
         self.capacity = None if self.capacity is None else [self.capacity[b] for b in index]

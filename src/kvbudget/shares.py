@@ -86,7 +86,12 @@ class Shares:
 
     def admit(self, tokens: Sequence[int]) -> None:
         """Before a forward: refuses ``tokens[b]`` new tokens where a policy keeps more of them than the budget holds."""
-        if self.budget.kind == "none" or not self.layers:
+        if not self.layers:
+            return
+        if not self.layers[0].seen:
+            for layer in self.layers:
+                layer.prompt = list(self.declared or tokens)
+        if self.budget.kind == "none":
             return
         seen = self.layers[0].seen or [0] * len(tokens)
         longest = max(s + n for s, n in zip(seen, tokens, strict=True))
@@ -188,6 +193,12 @@ class Shares:
             shares = [0] * len(heads)
             for i, p, entries in zip(index, per, table, strict=True):
                 shares[i] = pinned[i] * seen + (fixed * p + entries) * unit[i]
+            leaders = [allocator.leader(i) for i in range(len(heads))]
+            if leaders != list(range(len(heads))):
+                groups = [
+                    [n for n, other in zip(shares, leaders, strict=True) if other == leader] for leader in leaders
+                ]
+                shares = [min(group) for group in groups]
             if len(self._solved) > 256:
                 self._solved.clear()
             self._solved[key] = shares
@@ -211,7 +222,12 @@ class Shares:
         if self.budget.kind == "fraction" and self.declared is not None:
             seen = max(seen, self.declared[b])
         mean = self.mean_entries(seen)
-        return mean if self.granted is None else min(mean, self.granted[b])
+        if self.granted is not None:
+            mean = min(mean, self.granted[b])
+        stages = self.parts.stages
+        if stages is None or mean >= (self.max_length or float("inf")):
+            return mean
+        return stages.entries(mean, self.layers[0].prompt[b], self.layers[0].seen[b])
 
     @cached_property
     def _grows(self) -> bool:

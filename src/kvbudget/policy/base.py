@@ -26,6 +26,7 @@ Role = Literal[
     "refinement",
     "threshold",
     "granularity",
+    "stages",
     "destination",
     "codec",
     "trigger",
@@ -98,6 +99,13 @@ class LayerAllocator(Part, ABC):
         """
         raise NotImplementedError
 
+    def leader(self, index: int) -> int:
+        """The layer, of those that a budget governs, whose entries layer ``index`` keeps too: itself or an earlier one.
+
+        Layers between the two have the same leader, all of them get the same, and only the leader's scores are taken.
+        """
+        return index
+
     def preference(self, view: View, last: Sequence[float | None]) -> Sequence[float | None]:
         """Statistic of one layer per sequence, given what this returned ``last`` (None: not measured yet)."""
         return last
@@ -149,6 +157,13 @@ class Granularity(Part):
     """Units in which entries are evicted: ``size`` consecutive stored entries, once a unit is full."""
 
     size: int = 1
+
+    def units(self, view: View) -> Tensor | None:
+        """Units by position, int64 ``[B, Hkv, T]``: cells with one number stay or go together. None: `size` decides.
+
+        Protected cells are units of their own, and units of coded keys come first.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,31 @@ class Protect(Part):
 
 
 @dataclass(frozen=True)
+class Stages(Part):
+    """Pools of the budget: entries of the prompt, and those of what came after it, which never displace the former.
+
+    The prompt is what came in the first forward, or in the call of `KVCache.prefill` that began the text. Its entries get
+    the share ``prompt`` of the budget, and `answer` judges the others, whose pool is the rest; with ``length`` it grows to
+    that over so many tokens, from ``recent`` entries on.
+    """
+
+    answer: Scorer
+    prompt: float = 0.5
+    recent: int = 0
+    length: int = 0
+
+    def entries(self, mean: float, prompt: int, seen: int) -> float:
+        """Entries per layer and KV head out of ``mean``, when ``seen`` tokens have come after and with ``prompt`` of them."""
+        first = self.prompt * mean
+        steps, pool = seen - prompt, mean - first
+        if steps <= 0:
+            return first
+        if self.length <= self.recent:
+            return mean
+        return first + min(pool, self.recent + steps * (pool - self.recent) / (self.length - self.recent))
+
+
+@dataclass(frozen=True)
 class Trigger(Part):
     """When the policy acts: whenever a layer is over its share, at most once every ``every`` small steps.
 
@@ -258,6 +298,7 @@ class Parts:
     refinement: Refinement | None = None
     threshold: float | None = None
     granularity: Granularity = Granularity()
+    stages: Stages | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()

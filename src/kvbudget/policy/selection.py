@@ -29,12 +29,15 @@ def newest(positions: Tensor, counts: Tensor) -> Tensor:
     return rank(positions.float()) < counts[..., None]
 
 
-def select(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None = None) -> Tensor:
+def select(
+    scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None = None, *, fill: bool = False
+) -> Tensor:
     """Which entries stay: the ``counts [B, Hkv]`` best of each row, protected ones first; bool ``[B, Hkv, T]``.
 
     ``units [B, Hkv, T]`` names the unit of each cell; cells of one unit are judged by their mean score, are protected
-    together and stay or go together (a row may then keep up to a unit less than its count). Equal scores keep the older
-    entry. Protected entries stay even where they are more than the count.
+    together and stay or go together, in order of their means up to the first that does not fit, or with ``fill`` past it (a
+    row may then keep up to a unit less than its count). Equal scores keep the older entry. Protected entries stay even where
+    they are more than the count.
     """
     scores = scores.float().masked_fill(~valid, float("-inf"))
     scores = scores.masked_fill(protected & valid, float("inf"))
@@ -48,7 +51,19 @@ def select(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, uni
     mean = mean.masked_fill(fixed, float("inf")).masked_fill(~valid, float("-inf"))
     counts = torch.maximum(counts, (fixed & valid).sum(-1))
     keep = (rank(mean) < counts[..., None]) & valid
-    return keep & (_spread(keep.float(), units) == size)
+    keep &= _spread(keep.float(), units) == size
+    room = counts - keep.sum(-1)
+    while fill and bool((fits := valid & ~keep & (size <= room[..., None])).any()):
+        best = mean.masked_fill(~fits, float("-inf")).argmax(-1, keepdim=True)
+        keep |= (units == units.gather(-1, best)) & fits
+        room = counts - keep.sum(-1)
+    return keep
+
+
+def best_of_units(scores: Tensor, units: Tensor, count: int) -> Tensor:
+    """The mean of the ``count`` highest scores of each cell's unit (of all, where it has fewer), shape of ``scores``."""
+    top = (rank_in_group(scores, units) < count).to(scores.dtype)
+    return _spread(scores * top, units) / _spread(top, units)
 
 
 def rank(scores: Tensor) -> Tensor:

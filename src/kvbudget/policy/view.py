@@ -86,6 +86,11 @@ class View:
         return self.layer.seen
 
     @property
+    def prompt(self) -> list[int]:
+        """Tokens per sequence of the prompt: what came first, or is announced by a prefill."""
+        return self.layer.prompt
+
+    @property
     def new_tokens(self) -> list[int]:
         """Tokens of this forward per sequence, padding left out (0 outside of a forward)."""
         if self.queries is None:

@@ -27,14 +27,23 @@ class AccumulatedAttention(Scorer):
 
 
 @dataclass(frozen=True)
-class NewestAttention(Scorer):
-    """Attention weight from the newest query, mean over all query heads of the layer (TOVA, arXiv 2401.06104)."""
+class HeadNewestAttention(Scorer):
+    """Attention weight from the newest query, mean over the GQA group, per KV head."""
 
     states: ClassVar[tuple[str, ...]] = ("newest",)
-    aligned: ClassVar[bool] = True
 
     def observe(self, view: View) -> None:
         view.add_mass("newest", 1, [0.0 if new else 1.0 for new in view.new_tokens])
 
     def score(self, view: View) -> Tensor:
-        return by_layer(view.state("newest"))
+        return view.state("newest")
+
+
+@dataclass(frozen=True)
+class NewestAttention(HeadNewestAttention):
+    """Attention weight from the newest query, mean over all query heads of the layer (TOVA, arXiv 2401.06104)."""
+
+    aligned: ClassVar[bool] = True
+
+    def score(self, view: View) -> Tensor:
+        return by_layer(super().score(view))
