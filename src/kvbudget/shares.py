@@ -88,12 +88,14 @@ class Shares:
         """Before a forward: refuses ``tokens[b]`` new tokens where a policy keeps more of them than the budget holds."""
         if not self.layers:
             return
-        if not self.layers[0].seen:
+        seen = self.layers[0].seen or [0] * len(tokens)
+        if 0 in seen:
+            begun = zip(seen, self.layers[0].prompt or seen, self.declared or tokens, strict=True)
+            prompt = [known if s else new for s, known, new in begun]
             for layer in self.layers:
-                layer.prompt = list(self.declared or tokens)
+                layer.prompt = prompt
         if self.budget.kind == "none":
             return
-        seen = self.layers[0].seen or [0] * len(tokens)
         longest = max(s + n for s, n in zip(seen, tokens, strict=True))
         self.admit_texts(longest, len(tokens))
         if self.parts.scorer is None:

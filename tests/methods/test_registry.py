@@ -28,6 +28,8 @@ SMALL = {
     "fastgen": "fastgen(recovery=0.6, local=0.1)",
     "fair": "fair(cuts=(30,), window=32)",
     "full": "full",
+    "scope": "snapkv(window=16)+scope(recent=16)",
+    "windowkv": "windowkv(window=16, group=2)",
 }
 ELSEWHERE = {"plan", "calibration", "driver"}
 METHODS = [name for name, kind in registry().items() if not ELSEWHERE & set(kind.needs)]
