@@ -40,7 +40,8 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
             "use when='over_budget', or give tokens or a fraction"
         )
-    bounded = parts.plan is not None or (parts.heads is not None and parts.heads.bounded)
+    bounded = parts.plan is not None or parts.threshold is not None
+    bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:
         raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
 
@@ -52,7 +53,8 @@ def budgeted_layer(
     shape = geometry.layers[index]
     scorer_states = () if parts.scorer is None else parts.scorer.states
     extra = () if parts.destination is None else parts.destination.columns
-    rotation = rotation_of(model, index) if parts.position_mode == "cache" else None
+    rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
+    rotation = rotation_of(model, index) if rotates else None
     layer = LayerCache(
         index,
         shape.num_kv_heads,
@@ -62,6 +64,7 @@ def budgeted_layer(
     )
     layer.page = parts.granularity.size
     layer.hard = budget.kind == "bytes"
+    layer.moving = parts.position_mode == "moved"
     layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
     return layer
 

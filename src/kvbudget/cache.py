@@ -25,12 +25,15 @@ from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.methods import parse
 from kvbudget.models import CacheGeometry, check_supported
 from kvbudget.policy.base import Recipe
+from kvbudget.policy.marks import marks_of
 from kvbudget.policy.policy import Policy
 from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from kvbudget.prefill import Prefilled
 
 
@@ -363,7 +366,7 @@ class KVCache(Cache):
             if isinstance(layer, AttentionLayer):
                 store = layer.store
                 store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
-                store.statistics = {}
+                store.statistics, store.marks = {}, []
                 layer.columns = 0
             else:
                 self.layers[index] = LinearAttentionLayer()
@@ -381,6 +384,18 @@ class KVCache(Cache):
         from kvbudget.prefill import prefill
 
         return prefill(self, model, input_ids, **options)
+
+    def mark(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tells a policy that judges by the text (fastgen, sablock) what kinds of tokens it has; `prefill` does it by itself.
+
+        ``input_ids [B, T]`` from the beginning on, ``attention_mask [B, T]`` where they are padded.
+        """
+        marks = marks_of(input_ids, tokenizer)
+        rows = list(marks) if attention_mask is None else [
+            row[real] for row, real in zip(marks, attention_mask.bool().cpu(), strict=True)
+        ]  # fmt: skip
+        for layer in self.enforcer.layers:
+            layer.marks = list(rows)
 
     def fork(self) -> KVCache:
         """A cache that goes on from the same text on its own; entries are shared until one of the two changes them."""

@@ -37,7 +37,7 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     states = len(parts.scorer.states) if parts.scorer is not None else 0
     states += len(parts.destination.columns) if parts.destination is not None else 0
     per_entry = 4.0 * (1 + states)
-    fixed = 0.0
+    fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     if parts.codec is None:
         per_entry += item * sum(widths)
     else:

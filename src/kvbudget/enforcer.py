@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Enforcer(Shares):
     suspended: bool = False
     filled: bool = False
     evictions: int = 0
+    _chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def after_attention(self, index: int, view: View, *, finish: bool = True) -> None:
         """Ends the attention of layer ``self.layers[index]``: statistics first, then evictions, then codecs.
@@ -37,7 +38,8 @@ class Enforcer(Shares):
         if not self.measured:
             self.measured = [[] for _ in self.layers]
         if self.parts.scorer is not None:
-            self.parts.scorer.observe(view)
+            if self._leader(index) == index:
+                self.parts.scorer.observe(view)
             if self.parts.destination is not None:
                 self.parts.destination.observe(view)
             allocator = self.parts.layers
@@ -59,11 +61,13 @@ class Enforcer(Shares):
 
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""
-        return replace(self, layers=layers, measured=[list(row) for row in self.measured], _solved={}, _found={})
+        return replace(
+            self, layers=layers, measured=[list(row) for row in self.measured], _solved={}, _found={}, _chosen={}
+        )
 
     def reset(self) -> None:
         """Forgets what was measured."""
-        self.measured, self.filled, self.evictions = [], False, 0
+        self.measured, self.filled, self.evictions, self._chosen = [], False, 0, {}
         self._solved.clear()
         self._found.clear()
 
@@ -97,10 +101,11 @@ class Enforcer(Shares):
             over = [
                 sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
             ]
-        if any(over):
-            fresh = new_tokens or view.new_tokens
+        fresh = new_tokens or view.new_tokens
+        due = self._due(layer, view, fresh)
+        if any(over) or any(due):
             targets = [self._target(layer, b, limits[b], fresh[b]) for b in range(layer.batch_size)]
-            self._evict(layer, view, over, targets, limits)
+            self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
 
@@ -153,7 +158,43 @@ class Enforcer(Shares):
         self.measured = [list(row) for row in zip(*shares, strict=True)]
         return True
 
-    def _evict(self, layer: LayerCache, view: View, over: list[bool], targets: list[int], limits: list[int]) -> None:
+    def _due(self, layer: LayerCache, view: View, new_tokens: Sequence[int]) -> list[bool]:
+        """Sequences in which entries below the policy's threshold leave now: after every ``every``-th of their tokens."""
+        if self.parts.threshold is None:
+            return [False] * layer.batch_size
+        every = self.parts.trigger.every
+        passed = [seen // every > (seen - new) // every for seen, new in zip(layer.seen, new_tokens, strict=True)]
+        return [view.queries is None or p for p in passed]
+
+    def _evict(
+        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], limits: list[int]
+    ) -> None:
+        heads, valid, index = layer.num_kv_heads, view.valid, self.layers.index(layer)
+        leader = self._leader(index)
+        scores, keep = self._chosen[leader] if leader < index else self._choose(layer, view, over, due, targets)
+        if leader == index:
+            self._chosen[index] = (scores, keep)
+        if index + 1 == len(self.layers) or self._leader(index + 1) == index + 1:  # nobody else follows the leader
+            del self._chosen[leader]
+        if self.parts.threshold is not None and bool((keep | ~valid.flatten(0, 1)).all()):
+            return
+        # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
+        kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
+        spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
+        if self.parts.threshold is not None:  # which leaves the share far from full
+            spare = min(spare, self.parts.trigger.every)
+        evicted = None
+        if self.parts.destination is not None:
+            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), scores.flatten(0, 1))
+        layer.evict(keep, spare)
+        self.evictions += 1
+        if self.parts.destination is not None and evicted is not None and evicted.position.numel():
+            self.parts.destination.receive(layer, evicted)
+
+    def _choose(
+        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores ``[B, Hkv, T]``, and which entries stay ``[R, T]``."""
         assert self.parts.scorer is not None
         heads = layer.num_kv_heads
         scores = self.parts.scorer.score(view).float()
@@ -178,18 +219,23 @@ class Enforcer(Shares):
             recent = (counts * self.parts.protect.recent_share).long()
             recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
             protected = protected | (newest(view.positions, recent) & valid)
-        units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads)) if self._in_units(layer) else None
-        keep = select(scores, protected, valid, counts, units).flatten(0, 1)
-        # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
-        kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
-        spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
-        evicted = None
-        if self.parts.destination is not None:
-            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), scores.flatten(0, 1))
-        layer.evict(keep, spare)
-        self.evictions += 1
-        if self.parts.destination is not None and evicted is not None and evicted.position.numel():
-            self.parts.destination.receive(layer, evicted)
+        if self.parts.threshold is not None:
+            passing = (((scores >= self.parts.threshold) | protected) & valid).sum(-1)
+            acts = torch.tensor([o or d for o, d in zip(over, due, strict=True)], device=scores.device)
+            counts = torch.where(acts[:, None], counts.minimum(passing), counts)
+        judged = scores
+        if self.parts.refinement is not None:
+            judged = self.parts.refinement.refine(view, scores, protected, counts)
+        stored = layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
+        if stored:
+            units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads))
+        elif (units := self.parts.granularity.units(view)) is not None:
+            alone = torch.arange(units.shape[-1], device=units.device) + units.max() + 1
+            units = torch.where(protected, alone, units)
+        return scores, select(judged, protected, valid, counts, units, fill=not stored).flatten(0, 1)
+
+    def _leader(self, index: int) -> int:
+        return index if self.parts.layers is None else self.parts.layers.leader(index)
 
     def _gather(self, layer: LayerCache, gone: Tensor, scores: Tensor) -> Evicted:
         begin = 0
@@ -200,9 +246,6 @@ class Enforcer(Shares):
             pieces.append((key, value, meta["position"], scores[:, begin : begin + segment.longest][part], counts))
             begin += segment.longest
         return Evicted.join(pieces)
-
-    def _in_units(self, layer: LayerCache) -> bool:
-        return layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
 
     def _slack(self, entries: int, new_queries: int) -> int:
         """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""

@@ -50,9 +50,11 @@ class AttentionCall:
 class LayerCache:
     """Entries of one layer: ``front`` segments (a destination's own) and ``main`` segments (what the policy evicts from).
 
-    ``statistics`` are a destination's own tensors per row ``[R, ...]``, which are replaced and never written in place.
-    ``seen[b]`` counts the tokens of sequence b that passed through; ``make_segment`` builds an empty main segment for a
-    number of rows; ``window`` is the layer's own sliding window: entries outside of it are dropped after every forward.
+    ``statistics`` are a scorer's or a destination's own tensors per row ``[R, ...]``, which are replaced and never written in
+    place. ``marks`` are the kinds of tokens (`kvbudget.policy.marks`) of each sequence's text as far as they are known, which
+    belong to the text like its ids and are not counted. ``seen[b]`` counts the tokens of sequence b that passed through,
+    ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
+    the layer's own sliding window: entries outside of it are dropped after every forward.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -75,8 +77,11 @@ class LayerCache:
         self.main: list[Segment] = []
         self.front: list[Segment] = []
         self.statistics: dict[str, Tensor] = {}
+        self.marks: list[Tensor] = []
         self.seen: list[int] = []
+        self.prompt: list[int] = []
         self.apart = 0
+        self.moving = False
         self.shift: list[int] | None = None
         self.capacity: list[int] | None = None
         self.hard = False
@@ -202,6 +207,7 @@ class LayerCache:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
         begin = 0
         before = self._main_lengths()
+        moves = self._moves(keep) if self.moving else None
         for segment in self.main:
             segment.take(keep[:, begin : begin + (width := segment.longest)], spare if segment is self.main[-1] else 0)
             begin += width
@@ -209,10 +215,30 @@ class LayerCache:
         if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
+        if moves is not None:
+            self._move(moves)
         if not self.apart:
             return
         gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
+
+    def _moves(self, keep: Tensor) -> list[Tensor]:
+        """Per row, by how many positions each kept key has to move so that what is evicted leaves no gap behind it."""
+        gone = torch.cat([segment.meta.valid(keep.device) for segment in self.main], dim=1) & ~keep
+        behind = gone.sum(1, keepdim=True) - gone.cumsum(1)
+        return [behind[r][keep[r]] for r in range(self.num_rows)]
+
+    def _move(self, moves: Sequence[Tensor]) -> None:
+        """Rotates the kept keys; those that are coded stay where they are."""
+        assert self.rotation is not None
+        done = [0] * self.num_rows
+        for segment in self.main:
+            for r, length in enumerate(segment.lengths):
+                delta = moves[r][done[r] : done[r] + length]
+                done[r] += length
+                if bool(delta.any()):
+                    keys, _ = segment.writable(r)
+                    keys.copy_(self.rotation.rotate(keys, delta[length - len(keys) :]))
 
     def _set_apart(self, spare: int) -> None:
         """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns."""
@@ -297,6 +323,7 @@ class LayerCache:
             last = self.main[-1]
             last.truncate([length - tokens for length in last.lengths])
             self.seen = [seen - tokens for seen in self.seen]
+            self.marks = [marks[:seen] for marks, seen in zip(self.marks, self.seen, strict=False)]
             self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
             self._limit_room()
 
@@ -307,8 +334,10 @@ class LayerCache:
         for segment in self.segments:
             segment.select_rows(rows)
         self.statistics = {name: column[rows] for name, column in self.statistics.items()}
+        self.marks = [self.marks[b] for b in index] if self.marks else []
         self.paged = [self.paged[r] for r in rows]
         self.seen = [self.seen[b] for b in index]
+        self.prompt = [self.prompt[b] for b in index] if self.prompt else []
         if self.shift is not None:
             self.shift = [self.shift[b] for b in index]
         self.capacity = None if self.capacity is None else [self.capacity[b] for b in index]

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget.errors import CacheError, KVBudgetError, PolicyError
-from kvbudget.layer import AttentionCall
-from kvbudget.policy.base import Plan, Span
-from kvbudget.policy.plans import Chunked, Reconstruct
-from kvbudget.policy.view import Queries, View
+from kvbudget.passes import Prefill, Progress
+from kvbudget.planned import run
+from kvbudget.policy.plans import Chunked
 
 if TYPE_CHECKING:
     from kvbudget.cache import KVCache
 
-BOUNDED_CHUNK = 512
-"""Tokens per forward under a byte budget, so that the prefill's peak is bounded too."""
-
-Progress = Callable[[int, int], None]
+__all__ = ["Prefilled", "Progress", "prefill", "run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +83,7 @@ def prefill(
         attention_mask: ``[B, T]`` over the whole text, for batches that are padded on the left.
         question_ids: ``[B, Q]`` what will be asked, for policies whose plan looks at it (others refuse it).
         chunk_size: tokens per forward at most.
-        tokenizer: lets a plan word its own instructions (kvzip).
+        tokenizer: lets a plan word its own instructions (kvzip), and tells what kinds of tokens the text has (fastgen).
         progress: called with tokens done and in total, extra passes included.
 
     Returns:
@@ -116,6 +106,8 @@ def prefill(
         raise PolicyError(f"chunk_size={chunk_size} must be at least 1")
     ids, mask = _checked(cache, input_ids, attention_mask)
     job = Prefill(cache, model, ids, mask, question_ids, chunk_size, tokenizer, progress)
+    if cache.parts.uses_marks and tokenizer is not None:
+        cache.mark(ids, mask, tokenizer)
     before, cache.prefilled = cache.prefilled, cache.prefilled or Prefilled.of(ids[:, :0])
     cache.enforcer.declared = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     try:
@@ -125,186 +117,6 @@ def prefill(
         cache.enforcer.declared = None
         if not cache.get_seq_length():
             cache.prefilled = before
-
-
-@dataclass
-class Prefill:
-    """One prefill under way: what plans can do with the model and the cache."""
-
-    cache: KVCache
-    model: PreTrainedModel
-    ids: Tensor
-    mask: Tensor | None
-    question_ids: Tensor | None
-    chunk_size: int | None
-    tokenizer: PreTrainedTokenizerBase | None
-    progress: Progress | None
-    done: int = 0
-    total: int = 0
-
-    def begin(self, extra: int = 0) -> None:
-        """Announces the work: all tokens not seen yet, and ``extra`` ones of passes on top."""
-        self.total = self.ids.shape[1] - self.cache.get_seq_length() + extra
-        self._advance(0)
-
-    def feed(self, size: int = 0) -> Tensor:
-        """Feeds everything that the cache has not seen, in nearly equal chunks of at most ``size`` (0: one)."""
-        cache = self.cache
-        seen, end = cache.get_seq_length(), self.ids.shape[1]
-        count = -(-(end - seen) // size) if size else 1
-        bounds = [seen + (end - seen) * i // count for i in range(count + 1)]
-        evictions, after_prefill = cache.enforcer.evictions, cache.parts.trigger.after_prefill
-        blind = False
-        for start, stop in pairwise(bounds):
-            if after_prefill:
-                # The prefill as a whole counts, not the first of its chunks.
-                cache.enforcer.filled = stop < end
-            blind = cache.enforcer.evictions > evictions
-            logits = self._forward(self.model, start, stop, **self._only_last()).logits[:, -1]
-            assert cache.prefilled is not None
-            cache.prefilled = Prefilled.of(self.ids[:, :stop], blind)
-            self._advance(stop - start)
-        return logits
-
-    def probe(self, rows: Sequence[Sequence[int]], spans: Sequence[Span]) -> None:
-        """Runs ``rows[b]`` on top of what sequence b has seen and lets the scorer judge ``spans[b]``; keeps nothing of it.
-
-        Only the decoder stack up to the last budgeted layer is run.
-        """
-        cache, scorer = self.cache, self.cache.parts.scorer
-        assert scorer is not None
-        last = max(cache._at)
-
-        def watch(index: int, call: AttentionCall, lse: Tensor, own: Tensor) -> None:
-            if index in cache._at:
-                queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, own)
-                scorer.probe(View(cache.layers[index].store, queries), spans)
-            if index == last:
-                raise _Judged
-
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.ids.device)
-        real = torch.zeros(len(rows), width, dtype=torch.bool, device=self.ids.device)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-            real[b, : len(row)] = True
-        other = copy.copy(self)
-        seen = cache.get_seq_length()
-        other.ids = torch.cat([self.ids[:, :seen], ids], dim=1)
-        if self.mask is not None or not bool(real.all()):
-            past = torch.ones_like(other.ids[:, :seen], dtype=torch.bool) if self.mask is None else self.mask[:, :seen]
-            other.mask = torch.cat([past, real], dim=1)
-        cache.probing = watch
-        try:
-            with _recurrent_states_aside(cache):
-                other._forward(self.model.get_decoder(), seen, seen + width)
-        except _Judged:
-            pass
-        finally:
-            cache.probing = cache.broken = cache._valid = None
-        self._advance(int(real.sum()) // len(rows))
-
-    def _forward(self, module: Any, start: int, stop: int, **options: Any) -> Any:
-        positions = None
-        if self.mask is not None:
-            positions = (self.mask[:, :stop].long().cumsum(1) - 1).clamp_min(0)[:, start:]
-            options["attention_mask"] = self.mask[:, :stop].long()
-        return module(
-            input_ids=self.ids[:, start:stop],
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            **options,
-        )
-
-    def _only_last(self) -> dict[str, int]:
-        """Asks for the last token's logits alone, where the model can be asked."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-
-    def _advance(self, tokens: int) -> None:
-        self.done += tokens
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-class _Judged(Exception):
-    """Ends a probing pass after the last layer that a scorer watches."""
-
-
-@singledispatch
-def run(plan: Plan, job: Prefill) -> Tensor:
-    """Executes a plan; returns the last token's logits ``[B, V]``."""
-    raise PolicyError(f"no way to execute the plan {plan!r} is known")
-
-
-@run.register
-def _(plan: Chunked, job: Prefill) -> Tensor:
-    bounded = BOUNDED_CHUNK if job.cache.budget.kind == "bytes" else 0
-    job.begin()
-    return job.feed(job.chunk_size or plan.size or bounded)
-
-
-@run.register
-def _(plan: Reconstruct, job: Prefill) -> Tensor:
-    cache = job.cache
-    passes = list(_repetitions(plan, job, cache.seen or [0] * len(job.ids)))
-    job.begin(sum(sum(map(len, rows)) // len(rows) for rows, _ in passes))
-    cache.enforcer.suspended = True
-    try:
-        logits = job.feed(job.chunk_size or 0)
-        for rows, spans in passes:
-            job.probe(rows, spans)
-        with torch.inference_mode():
-            cache.enforcer.settle_all()
-            for layer in cache.enforcer.layers:
-                layer.finish_forward()
-    except BaseException:
-        cache.broken = cache.broken or f"the plan of {cache.policy}"
-        raise
-    finally:
-        cache.enforcer.suspended = False
-    return logits
-
-
-def _repetitions(plan: Reconstruct, job: Prefill, seen: Sequence[int]) -> Iterator[tuple[list[list[int]], list[Span]]]:
-    """Token ids and judged positions per sequence of each pass; sequences are cut up on their own."""
-    first, later, turn = _instructions(plan, job.tokenizer)
-    texts = [row.tolist() for row in job.ids] if job.mask is None else [
-        row[real].tolist() for row, real in zip(job.ids, job.mask, strict=True)
-    ]  # fmt: skip
-    counts = [-(-(len(text) - start) // plan.chunk) for text, start in zip(texts, seen, strict=True)]
-    for c in range(max(counts)):
-        rows, spans = [], []
-        for text, start, count in zip(texts, seen, counts, strict=True):
-            new = len(text) - start
-            begin, end = (start + new * min(i, count) // max(count, 1) for i in (c, c + 1))
-            overlap = text[max(0, begin - plan.overlap) : begin]
-            asked = [*(later if overlap else first), *overlap, *turn]
-            rows.append([*asked, *text[begin:end]] if begin < end else [])
-            spans.append((begin, end))
-        yield rows, spans
-
-
-def _instructions(
-    plan: Reconstruct, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Token ids of the first and the later instruction, and of the end of the user's turn."""
-    if tokenizer is None:
-        return plan.instruction_ids, plan.instruction_ids, ()
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    turn: list[int] = []
-    if getattr(tokenizer, "chat_template", None):
-        mark = "kvbudget"
-        shown = tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-        )
-        turn = encode(shown[shown.rindex(mark) + len(mark) :])
-    if plan.instruction_ids:
-        return plan.instruction_ids, plan.instruction_ids, turn
-    return encode(plan.first), encode(plan.later), turn
 
 
 def _checked(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -333,16 +145,3 @@ def _checked(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     if columns and mask[:, :columns].sum(1).tolist() != cache.seen:
         raise CacheError(f"attention_mask disagrees with the {cache.seen} tokens that the cache has seen")
     return ids, None if bool(mask.all()) else mask
-
-
-@contextmanager
-def _recurrent_states_aside(cache: KVCache) -> Iterator[None]:
-    """Lets a probing pass change copies of the convolution and recurrent states, which it cannot help changing."""
-    states = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionLayer)}
-    for i, layer in states.items():
-        cache.layers[i] = copy.deepcopy(layer)
-    try:
-        yield
-    finally:
-        for i, layer in states.items():
-            cache.layers[i] = layer

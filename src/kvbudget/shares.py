@@ -24,7 +24,8 @@ class Shares:
     ``cost`` turns bytes into entries; ``overhead`` is what one sequence holds outside of the budgeted layers (sliding
     windows, convolution and recurrent states), in bytes. ``max_length`` is the declared length of the text in tokens,
     ``declared[b]`` that of sequence b while a prefill knows it; ``spans`` are the user's protected ranges of positions.
-    ``text`` is the policy as the user wrote it, for messages; ``measured[l][b]`` is what the allocator over layers found.
+    ``granted[b]`` are the entries per layer and KV head that a plan under way grants at most. ``text`` is the policy as the
+    user wrote it, for messages; ``measured[l][b]`` is what the allocator over layers found.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Shares:
     max_length: int | None = None
     spans: list[Span] = field(default_factory=list)
     declared: list[int] | None = None
+    granted: list[float] | None = None
     measured: list[list[float | None]] = field(default_factory=list)
     _solved: dict[tuple, list[int]] = field(default_factory=dict)
     _found: dict[int, tuple[tuple, list[int]]] = field(default_factory=dict)
@@ -84,9 +86,16 @@ class Shares:
 
     def admit(self, tokens: Sequence[int]) -> None:
         """Before a forward: refuses ``tokens[b]`` new tokens where a policy keeps more of them than the budget holds."""
-        if self.budget.kind == "none" or not self.layers:
+        if not self.layers:
             return
         seen = self.layers[0].seen or [0] * len(tokens)
+        if 0 in seen:
+            begun = zip(seen, self.layers[0].prompt or seen, self.declared or tokens, strict=True)
+            prompt = [known if s else new for s, known, new in begun]
+            for layer in self.layers:
+                layer.prompt = prompt
+        if self.budget.kind == "none":
+            return
         longest = max(s + n for s, n in zip(seen, tokens, strict=True))
         self.admit_texts(longest, len(tokens))
         if self.parts.scorer is None:
@@ -143,7 +152,8 @@ class Shares:
         if self.parts.layers is not None and self.parts.layers.measures:
             return self._share_out(b)
         # Without measurements all layers of a forward would find the same.
-        stamp = (self.layers[0].seen[b], self._batch_size(), self.declared and self.declared[b])
+        known = (self.declared and self.declared[b], self.granted and self.granted[b])
+        stamp = (self.layers[0].seen[b], self._batch_size(), *known)
         if b not in self._found or self._found[b][0] != stamp:
             self._found[b] = (stamp, self._share_out(b))
         return self._found[b][1]
@@ -185,6 +195,12 @@ class Shares:
             shares = [0] * len(heads)
             for i, p, entries in zip(index, per, table, strict=True):
                 shares[i] = pinned[i] * seen + (fixed * p + entries) * unit[i]
+            leaders = [allocator.leader(i) for i in range(len(heads))]
+            if leaders != list(range(len(heads))):
+                groups = [
+                    [n for n, other in zip(shares, leaders, strict=True) if other == leader] for leader in leaders
+                ]
+                shares = [min(group) for group in groups]
             if len(self._solved) > 256:
                 self._solved.clear()
             self._solved[key] = shares
@@ -207,7 +223,13 @@ class Shares:
         seen = self._until(b)
         if self.budget.kind == "fraction" and self.declared is not None:
             seen = max(seen, self.declared[b])
-        return self.mean_entries(seen)
+        mean = self.mean_entries(seen)
+        if self.granted is not None:
+            mean = min(mean, self.granted[b])
+        stages = self.parts.stages
+        if stages is None or mean >= (self.max_length or float("inf")):
+            return mean
+        return stages.entries(mean, self.layers[0].prompt[b], self.layers[0].seen[b])
 
     @cached_property
     def _grows(self) -> bool:

@@ -10,7 +10,7 @@ from brute import kept_positions
 import kvbudget
 from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError, PolicyError
-from kvbudget.methods.kvzip import SMALLEST
+from kvbudget.policy.judging import SMALLEST
 from residency import resident_bytes
 from tiny import left_padded, random_text, tiny_model
 

@@ -8,7 +8,15 @@ from kvbudget.cache import KVCache
 from kvbudget.policy.view import View
 from tiny import random_text, tiny_model
 
-WITH_STATES = ["h2o(every=1)", "tova", "snapkv(window=16)", "cake(window=16)", "lagkv(lag=16)"]
+WITH_STATES = [
+    "h2o(every=1)",
+    "tova",
+    "snapkv(window=16)",
+    "cake(window=16)",
+    "lagkv(lag=16)",
+    "roco",
+    "expected_attention",
+]
 
 
 def states(cache):

@@ -1,16 +1,16 @@
 """Which heads look back at earlier occurrences of the same text: echo and induction scores on repeated random tokens."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import KVCache
-from kvbudget.calibrate.base import Calibration
+from kvbudget.calibrate.base import Calibration, watch
 from kvbudget.errors import PolicyError
 from kvbudget.layer import AttentionCall
+from kvbudget.models import CacheGeometry
 
 BLOCK = 2500
 ROWS = 1024
@@ -45,18 +45,14 @@ class RetrievalHeads(Calibration):
         copied = torch.randint(text.vocab_size, (block,), generator=generator)
         begin = text.bos_token_id if isinstance(text.bos_token_id, int) else int(copied[-1])
         ids = torch.cat([torch.tensor([begin]), copied.repeat(self.repeats)])[None].to(model.device)
-        cache = KVCache(model, "full")
-        heads = max(layer.num_kv_heads for layer in cache.enforcer.layers)
-        scores = torch.full((2, len(cache.layers), heads), -1.0)
+        layers = CacheGeometry.from_config(model.config).layers
+        scores = torch.full((2, len(layers), max(layer.num_kv_heads for layer in layers)), -1.0)
 
-        def look(index: int, call: AttentionCall, lse: Tensor, *_: Any) -> None:
-            if any(layer.layer_idx == index for layer in cache.enforcer.layers):
-                found = echo_and_induction(call, lse, block)
-                scores[:, index, : found.shape[1]] = found
+        def look(index: int, call: AttentionCall, lse: Tensor) -> None:
+            found = echo_and_induction(call, lse, block)
+            scores[:, index, : found.shape[1]] = found
 
-        cache.probing = look
-        with torch.inference_mode():
-            model.base_model(ids, past_key_values=cache, use_cache=True)
+        watch(model, ids, look)
         return {"echo": scores[0], "induction": scores[1]}
 
     def _block(self, model: PreTrainedModel) -> int:

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from kvbudget.calibrate import TextCalibration, build
 from kvbudget.calibrate import calibrate as fit
-from kvbudget.calibrate import registry
 from kvbudget.cli.shell import notice
-from kvbudget.errors import PolicyError, nearest
+from kvbudget.errors import PolicyError
+from kvbudget.eval.texts import default_source, passages
 from kvbudget.models import load
 from kvbudget.policy.policy import parse_terms
 
@@ -23,19 +24,37 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; by default where the method looks for it.")
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Where texts come from: a source of kvbudget bench, a file or a folder."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which passages of the texts.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
 ) -> None:
     """Find out what a method needs to know about a model, and keep it for every later run.
 
+    Fits to texts go on where they were stopped.
+
     [dim]$[/dim] kvbudget calibrate razor_attention --model smollm2-135m
+
+    [dim]$[/dim] kvbudget calibrate "qfilters(count=8)" --text corpus/
     """
     terms = parse_terms(method)
     if len(terms) != 1:
         raise PolicyError(f"{method!r} names {len(terms)} methods; calibrate them one by one")
     ((name, parameters),) = terms
-    if name not in registry():
-        raise PolicyError(f"there is no calibration for {name!r}{nearest(name, registry())}")
-    network, _ = load(model, dtype=dtype, device=device)
+    calibration = build(name, **parameters)
+    network, tokenizer = load(model, dtype=dtype, device=device)
+    texts = None
+    if isinstance(calibration, TextCalibration):
+        texts = passages(tokenizer, calibration.length, calibration.count, seed=seed, source=text)
+        notice(f"{calibration.count} texts of {calibration.length} tokens from {text or default_source()}")
+    elif text is not None:
+        raise PolicyError(f"the calibration of {name} reads no texts; leave out --text")
     notice(f"fitting {name} to {model}")
-    print(fit(name, network, output, **parameters))
+    print(fit(name, network, output, texts=texts, progress=_progress if texts else None, **parameters))
+
+
+def _progress(done: int, total: int) -> None:
+    notice(f"text {done} of {total}")

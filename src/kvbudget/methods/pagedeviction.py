@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvbudget.errors import PolicyError
 from kvbudget.policy.base import Granularity, Protect, Recipe, Scorer, Trigger
+from kvbudget.policy.scoring import by_layer
 from kvbudget.policy.view import View
 
 
@@ -18,7 +19,7 @@ class NormRatio(Scorer):
 
     def score(self, view: View) -> Tensor:
         ratio = view.values.float().norm(dim=-1) / view.keys.float().norm(dim=-1).clamp_min(1e-12)
-        return ratio.mean(1, keepdim=True).expand_as(ratio)
+        return by_layer(ratio)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """RazorAttention: retrieval heads keep everything, the others sinks, a recent window and one compensation entry."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class RazorAttention(Recipe):
         return {"scorer": Recency(), "protect": Protect(sinks=self.sinks)}
 
     def bind(self, fingerprint: str) -> "RazorAttention":
-        artifact = Artifact.load(self.name, fingerprint, Path(self.heads) if self.heads else None)
+        artifact = Artifact.load(self.name, fingerprint, self.heads)
         chosen = strongest(artifact.tensors["echo"], self.echo) | strongest(
             artifact.tensors["induction"], self.induction
         )

@@ -73,12 +73,23 @@ class Rotation:
         """Turn cached keys, `[..., D]`, into the keys before RoPE: the inverse of `embed`."""
         return self._turn(x, -positions, 1.0 / self.attention_scaling)
 
+    def embed_mean(self, x: Tensor, begin: Tensor | int, count: int) -> Tensor:
+        """The mean of `embed(x, p)` over the ``count`` positions p from ``begin`` on (broadcast to `[...]`)."""
+        if not self.rotary_dim:
+            return x
+        positions = torch.as_tensor(begin, device=x.device)[..., None] + torch.arange(count, device=x.device)
+        angle = positions[..., None].float() * self.inv_freq.to(x.device)
+        scale = self.attention_scaling
+        return self._apply(x, angle.cos().mean(-2) * scale, angle.sin().mean(-2) * scale)
+
     def _turn(self, x: Tensor, delta: Tensor | int, scale: float) -> Tensor:
         if not self.rotary_dim:
             return x
         delta = torch.as_tensor(delta, device=x.device)
         angle = delta[..., None].float() * self.inv_freq.to(x.device)
-        cos, sin = angle.cos() * scale, angle.sin() * scale
+        return self._apply(x, angle.cos() * scale, angle.sin() * scale)
+
+    def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotary, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
         if self.layout == "half":
             first, second = rotary.float().chunk(2, dim=-1)

@@ -64,16 +64,16 @@ class Artifact:
 
     @classmethod
     def load(cls, method: str, fingerprint: str, path: str | Path | None = None) -> "Artifact":
-        """Reads the artifact of a method for one model, from ``path`` or from where `save` puts it by default.
+        """Reads the artifact of a method for one model, from ``path`` or (None, "") from where `save` puts it by default.
 
         Raises:
             PolicyError: when there is none, it cannot be read, or it was made for another method or model; each names the
                 command that makes the right one.
         """
-        source = default_path(method, fingerprint) if path is None else Path(path)
+        source = Path(path) if path else default_path(method, fingerprint)
         remedy = f"run: kvbudget calibrate {method} --model <the model>"
         if not source.is_file():
-            where = "" if path is None else f" ({source} does not exist)"
+            where = f" ({source} does not exist)" if path else ""
             raise PolicyError(f"{method} needs a calibration for this model{where}; {remedy}")
         try:
             with safe_open(source, framework="pt") as file:

@@ -17,12 +17,32 @@ if TYPE_CHECKING:
     from kvbudget.policy.view import View
 
 Span = tuple[int, int]
-Role = Literal["scorer", "layers", "heads", "granularity", "destination", "codec", "trigger", "plan", "protect"]
+CHOSEN = 1e6
+"""A refined score above all others, below the infinity of protected entries."""
+Role = Literal[
+    "scorer",
+    "layers",
+    "heads",
+    "refinement",
+    "threshold",
+    "granularity",
+    "stages",
+    "destination",
+    "codec",
+    "trigger",
+    "plan",
+    "protect",
+]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Base of every part of a policy: a frozen value with plain fields, so that it prints, compares and hashes."""
+    """Base of every part of a policy: a frozen value with plain fields, so that it prints, compares and hashes.
+
+    ``uses_marks`` says that the part looks at `View.marks`, which `kvbudget.prefill` makes from the tokenizer.
+    """
+
+    uses_marks: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -30,11 +50,20 @@ class Scorer(Part, ABC):
     """Judges entries: higher means keep. ``states`` names the running per-entry state columns it keeps (float32).
 
     ``aligned`` scorers give all KV heads of a layer the same scores, computed over heads that hold the same entries; they
-    cannot go together with an allocator over heads.
+    cannot go together with an allocator over heads. ``rotates`` scorers use `View.rotation`, so models whose keys follow no
+    verified rotation are refused.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
+
+    def fixed_bytes(self, key_dim: int, group: int) -> float:
+        """Bytes per sequence and KV head of the scorer's own statistics (`View.set_statistic`), whatever is kept.
+
+        ``group`` query heads of ``key_dim`` elements read one KV head.
+        """
+        return 0.0
 
     def observe(self, view: View) -> None:
         """Updates running states after the attention of a forward; `View` then covers the new entries too."""
@@ -69,6 +98,13 @@ class LayerAllocator(Part, ABC):
         Protected entries have the score +inf and empty cells -inf; the result is what `weights` gets as measured.
         """
         raise NotImplementedError
+
+    def leader(self, index: int) -> int:
+        """The layer, of those that a budget governs, whose entries layer ``index`` keeps too: itself or an earlier one.
+
+        Layers between the two have the same leader, all of them get the same, and only the leader's scores are taken.
+        """
+        return index
 
     def preference(self, view: View, last: Sequence[float | None]) -> Sequence[float | None]:
         """Statistic of one layer per sequence, given what this returned ``last`` (None: not measured yet)."""
@@ -108,10 +144,26 @@ class HeadAllocator(Part, ABC):
 
 
 @dataclass(frozen=True)
+class Refinement(Part, ABC):
+    """Scores that depend on how many entries may stay: a second look between the allocation and the selection."""
+
+    @abstractmethod
+    def refine(self, view: View, scores: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
+        """New scores ``[B, Hkv, T]``, of which the best ``counts [B, Hkv]`` of each row are kept, protected ones first."""
+
+
+@dataclass(frozen=True)
 class Granularity(Part):
     """Units in which entries are evicted: ``size`` consecutive stored entries, once a unit is full."""
 
     size: int = 1
+
+    def units(self, view: View) -> Tensor | None:
+        """Units by position, int64 ``[B, Hkv, T]``: cells with one number stay or go together. None: `size` decides.
+
+        Protected cells are units of their own, and units of coded keys come first.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -185,6 +237,31 @@ class Protect(Part):
 
 
 @dataclass(frozen=True)
+class Stages(Part):
+    """Pools of the budget: entries of the prompt, and those of what came after it, which never displace the former.
+
+    The prompt is what came in the first forward, or in the call of `KVCache.prefill` that began the text. Its entries get
+    the share ``prompt`` of the budget, and `answer` judges the others, whose pool is the rest; with ``length`` it grows to
+    that over so many tokens, from ``recent`` entries on.
+    """
+
+    answer: Scorer
+    prompt: float = 0.5
+    recent: int = 0
+    length: int = 0
+
+    def entries(self, mean: float, prompt: int, seen: int) -> float:
+        """Entries per layer and KV head out of ``mean``, when ``seen`` tokens have come after and with ``prompt`` of them."""
+        first = self.prompt * mean
+        steps, pool = seen - prompt, mean - first
+        if steps <= 0:
+            return first
+        if self.length <= self.recent:
+            return mean
+        return first + min(pool, self.recent + steps * (pool - self.recent) / (self.length - self.recent))
+
+
+@dataclass(frozen=True)
 class Trigger(Part):
     """When the policy acts: whenever a layer is over its share, at most once every ``every`` small steps.
 
@@ -208,25 +285,38 @@ class Plan(Part):
 
 @dataclass(frozen=True)
 class Parts:
-    """A resolved policy: one part per role. ``scorer=None`` keeps everything."""
+    """A resolved policy: one part per role. ``scorer=None`` keeps everything.
+
+    Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
+    ``position_mode``: keys keep their ``original`` positions, or positions are those inside of the cache, either by turning
+    the queries for the sinks (``cache``, for sinks and a recent window) or by moving keys as others leave (``moved``).
+    """
 
     scorer: Scorer | None = None
     layers: LayerAllocator | None = None
     heads: HeadAllocator | None = None
+    refinement: Refinement | None = None
+    threshold: float | None = None
     granularity: Granularity = Granularity()
+    stages: Stages | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()
     plan: Plan | None = None
     protect: Protect = Protect()
-    position_mode: Literal["original", "cache"] = "original"
+    position_mode: Literal["original", "cache", "moved"] = "original"
+
+    @property
+    def uses_marks(self) -> bool:
+        """Whether one of the parts looks at what kinds of tokens the entries belong to."""
+        return any(getattr(part, "uses_marks", False) for part in self.__dict__.values())
 
 
 class Recipe:
     """A published method: a frozen dataclass that names its paper and composes `parts`.
 
     Class attributes: ``name``; ``aliases``; ``role`` and ``phase`` (one line each, for the table of methods); ``paper``;
-    ``needs`` (plan, calibration, driver, queries, keys); ``prefill_peak`` ("bounded", or "full_prompt" when the whole
+    ``needs`` (plan, calibration, driver, queries, keys, tokens); ``prefill_peak`` ("bounded", or "full_prompt" when the whole
     prompt must be held before anything can leave); ``lossless_when_fits``; ``prefix_reusable`` (the question is not
     looked at, so one compressed context serves many questions).
     """

@@ -13,6 +13,7 @@ import yaml
 
 from kvbudget.errors import PolicyError, nearest
 from kvbudget.policy.base import Parts, Protect, Recipe
+from kvbudget.policy.scorers.staged import Staged
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Policy:
                 f"{by['scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to share out; "
                 "use one of them"
             )
+        if "stages" in filled and "scorer" in filled:
+            filled["scorer"] = Staged(filled["scorer"], filled["stages"].answer)
         return Parts(**filled, protect=protect)
 
     def to_yaml(self, path: str | Path) -> None:

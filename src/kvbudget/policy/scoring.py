@@ -38,3 +38,8 @@ def reduce_group(x: Tensor, how: Reduction = "mean", dim: int = 2) -> Tensor:
     if how == "max":
         return x.amax(dim)
     return x.mean(dim) if how == "mean" else x.sum(dim)
+
+
+def by_layer(scores: Tensor) -> Tensor:
+    """The mean over the KV heads of scores ``[B, Hkv, T]``, given back to each of them (for aligned scorers)."""
+    return scores.mean(1, keepdim=True).expand_as(scores)

@@ -1,4 +1,4 @@
-"""Turns scores into the set of entries that stay: protection, units and exact counts."""
+"""Turns scores into the set of entries that stay: protection, units, groups and exact counts."""
 
 from collections.abc import Sequence
 
@@ -26,20 +26,23 @@ def protected_entries(
 
 def newest(positions: Tensor, counts: Tensor) -> Tensor:
     """The ``counts [B, Hkv]`` newest entries of each row: bool ``[B, Hkv, T]``."""
-    return _rank(positions.float()) < counts[..., None]
+    return rank(positions.float()) < counts[..., None]
 
 
-def select(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None = None) -> Tensor:
+def select(
+    scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None = None, *, fill: bool = False
+) -> Tensor:
     """Which entries stay: the ``counts [B, Hkv]`` best of each row, protected ones first; bool ``[B, Hkv, T]``.
 
     ``units [B, Hkv, T]`` names the unit of each cell; cells of one unit are judged by their mean score, are protected
-    together and stay or go together (a row may then keep up to a unit less than its count). Equal scores keep the older
-    entry. Protected entries stay even where they are more than the count.
+    together and stay or go together, in order of their means up to the first that does not fit, or with ``fill`` past it (a
+    row may then keep up to a unit less than its count). Equal scores keep the older entry. Protected entries stay even where
+    they are more than the count.
     """
     scores = scores.float().masked_fill(~valid, float("-inf"))
     scores = scores.masked_fill(protected & valid, float("inf"))
     if units is None:
-        keep = _rank(scores) < torch.maximum(counts, (protected & valid).sum(-1))[..., None]
+        keep = rank(scores) < torch.maximum(counts, (protected & valid).sum(-1))[..., None]
         return keep & valid
     cells = valid.float()
     size = _spread(cells, units)
@@ -47,15 +50,41 @@ def select(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, uni
     fixed = _spread((protected & valid).float(), units) > 0
     mean = mean.masked_fill(fixed, float("inf")).masked_fill(~valid, float("-inf"))
     counts = torch.maximum(counts, (fixed & valid).sum(-1))
-    keep = (_rank(mean) < counts[..., None]) & valid
-    return keep & (_spread(keep.float(), units) == size)
+    keep = (rank(mean) < counts[..., None]) & valid
+    keep &= _spread(keep.float(), units) == size
+    room = counts - keep.sum(-1)
+    while fill and bool((fits := valid & ~keep & (size <= room[..., None])).any()):
+        best = mean.masked_fill(~fits, float("-inf")).argmax(-1, keepdim=True)
+        keep |= (units == units.gather(-1, best)) & fits
+        room = counts - keep.sum(-1)
+    return keep
 
 
-def _rank(scores: Tensor) -> Tensor:
+def best_of_units(scores: Tensor, units: Tensor, count: int) -> Tensor:
+    """The mean of the ``count`` highest scores of each cell's unit (of all, where it has fewer), shape of ``scores``."""
+    top = (rank_in_group(scores, units) < count).to(scores.dtype)
+    return _spread(scores * top, units) / _spread(top, units)
+
+
+def rank(scores: Tensor) -> Tensor:
     """Rank of each cell in descending order along the last dimension, ties by index."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order)
     return ranks.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+
+
+def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
+    """Rank of each cell among those of its row with the same ``group`` number, in descending order, ties by index.
+
+    >>> rank_in_group(torch.tensor([1.0, 5.0, 3.0, 4.0]), torch.tensor([0, 1, 0, 1])).tolist()
+    [1, 0, 0, 1]
+    """
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    order = order.gather(-1, torch.argsort(group.gather(-1, order), dim=-1, stable=True))
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    sorted_group = group.gather(-1, order)
+    first = torch.searchsorted(sorted_group.contiguous(), sorted_group.contiguous())
+    return torch.empty_like(order).scatter_(-1, order, place - first)
 
 
 def _spread(x: Tensor, units: Tensor) -> Tensor:

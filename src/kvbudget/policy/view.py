@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +14,10 @@ from kvbudget.policy.scoring import Reduction
 
 if TYPE_CHECKING:
     from kvbudget.layer import LayerCache
+    from kvbudget.models import Rotation
+
+BLOCK = 2**22
+"""Attention weights that are held at a time."""
 
 
 @dataclass
@@ -82,6 +86,11 @@ class View:
         return self.layer.seen
 
     @property
+    def prompt(self) -> list[int]:
+        """Tokens per sequence of the prompt: what came first, or is announced by a prefill."""
+        return self.layer.prompt
+
+    @property
     def new_tokens(self) -> list[int]:
         """Tokens of this forward per sequence, padding left out (0 outside of a forward)."""
         if self.queries is None:
@@ -122,6 +131,30 @@ class View:
             segment.meta.write_padded(name, flat[:, begin : begin + segment.longest].float())
             begin += segment.longest
 
+    @property
+    def rotation(self) -> Rotation:
+        """How the layer's keys and queries rotate with position (for scorers that say ``rotates``)."""
+        assert self.layer.rotation is not None, "the scorer does not say that it rotates"
+        return self.layer.rotation  # type: ignore[return-value]
+
+    def statistic(self, name: str) -> Tensor | None:
+        """A running statistic of the layer, ``[B, Hkv, ...]``; None before it is first set."""
+        rows = self.layer.statistics.get(name)
+        return None if rows is None else self._heads(rows)
+
+    def set_statistic(self, name: str, values: Tensor) -> None:
+        """Replaces a running statistic by ``[B, Hkv, ...]``; its bytes must be in `Scorer.fixed_bytes`."""
+        self.layer.statistics[name] = values.flatten(0, 1)
+
+    @cached_property
+    def marks(self) -> Tensor:
+        """What kinds of tokens the entries belong to (`kvbudget.policy.marks`): uint8 ``[B, Hkv, T]``, 0 where unknown."""
+        found = torch.zeros_like(self.positions, dtype=torch.uint8)
+        for b, marks in enumerate(self.layer.marks):
+            known = (self.positions[b] >= 0) & (self.positions[b] < len(marks))
+            found[b][known] = marks.to(found.device)[self.positions[b][known].long()]
+        return found
+
     def add_mass(
         self, name: str, last: int | None = None, decay: Sequence[float] | None = None, group: Reduction = "mean"
     ) -> None:
@@ -147,23 +180,47 @@ class View:
 
         The softmax runs over everything that the layer holds (window included), so a row sums to at most one here.
         """
+        width = min(last, self._asked().query.shape[2])
+        ((weights, _),) = self.attention_rows(last, block=max(1, width))
+        return weights
+
+    def attention_rows(self, last: int | None = None, block: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """`window_attention` of the newest ``last`` queries (None: all), in blocks of ``block`` queries (0: a few MiB each).
+
+        Yields weights ``[B, Hkv, G, w, T]`` and the positions of their queries ``[B, w]``, -1 where a sequence has fewer
+        (their weights are 0).
+        """
         queries = self._asked()
         query, lse = queries.last(last)
-        batch, heads = self.batch_size, self.num_kv_heads
-        query = query.unflatten(1, (heads, -1)).float()
-        lse = lse.unflatten(1, (heads, -1))
-        logits = torch.einsum("bhgwd,bhtd->bhgwt", query, self.keys.float()) * queries.scale
-        if queries.softcap is not None:
-            logits = queries.softcap * torch.tanh(logits / queries.softcap)
+        heads = self.num_kv_heads
+        keys = self.keys.float()
+        log_count = None
         if all("count" in segment.meta.columns for segment in self.layer.main):
-            logits = logits + self.state("count").clamp_min(1e-30).log()[:, :, None, None, :]
-        width = query.shape[3]
-        seen = torch.tensor(self.seen, device=query.device)
-        steps = seen[:, None] - width + torch.arange(width, device=query.device)
-        allowed = self.positions[:, :, None, None, :] <= steps[:, None, None, :, None]
-        allowed &= self.valid[:, :, None, None, :]
-        weights = torch.exp(logits - lse[..., None])
-        return weights.masked_fill(~allowed, 0.0).view(batch, heads, -1, width, weights.shape[-1])
+            log_count = self.state("count").clamp_min(1e-30).log()[:, :, None, None, :]
+        query, lse = query.unflatten(1, (heads, -1)), lse.unflatten(1, (heads, -1))
+        steps = self._steps(query.shape[3])
+        size = block or max(1, BLOCK // (query[:, :, :, 0, 0].numel() * max(1, keys.shape[2])))
+        for begin in range(0, query.shape[3], size):
+            at = slice(begin, begin + size)
+            logits = torch.einsum("bhgwd,bhtd->bhgwt", query[:, :, :, at].float(), keys) * queries.scale
+            if queries.softcap is not None:
+                logits = queries.softcap * torch.tanh(logits / queries.softcap)
+            if log_count is not None:
+                logits = logits + log_count
+            allowed = self.positions[:, :, None, None, :] <= steps[:, None, None, at, None]
+            allowed &= self.valid[:, :, None, None, :]
+            weights = logits.sub_(lse[:, :, :, at, None]).exp_().masked_fill_(~allowed, 0.0)
+            yield weights, steps[:, at]
+
+    def query_steps(self) -> Tensor:
+        """Positions of this forward's queries ``[B, n]``, right-aligned as `Queries.last`; -1 for padding."""
+        return self._steps(self._asked().query.shape[2])
+
+    def _steps(self, width: int) -> Tensor:
+        device = self._asked().query.device
+        steps = torch.tensor(self.seen, device=device)[:, None] - width + torch.arange(width, device=device)
+        fresh = torch.tensor(self.new_tokens, device=device)[:, None]
+        return steps.masked_fill(torch.arange(width, device=device) < width - fresh, -1)
 
     def _asked(self) -> Queries:
         if self.queries is None:

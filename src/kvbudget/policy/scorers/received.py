@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
+from kvbudget.policy.scoring import by_layer
 from kvbudget.policy.view import View
 
 
@@ -26,15 +27,23 @@ class AccumulatedAttention(Scorer):
 
 
 @dataclass(frozen=True)
-class NewestAttention(Scorer):
-    """Attention weight from the newest query, mean over all query heads of the layer (TOVA, arXiv 2401.06104)."""
+class HeadNewestAttention(Scorer):
+    """Attention weight from the newest query, mean over the GQA group, per KV head."""
 
     states: ClassVar[tuple[str, ...]] = ("newest",)
-    aligned: ClassVar[bool] = True
 
     def observe(self, view: View) -> None:
         view.add_mass("newest", 1, [0.0 if new else 1.0 for new in view.new_tokens])
 
     def score(self, view: View) -> Tensor:
-        weights = view.state("newest")
-        return weights.mean(1, keepdim=True).expand_as(weights)
+        return view.state("newest")
+
+
+@dataclass(frozen=True)
+class NewestAttention(HeadNewestAttention):
+    """Attention weight from the newest query, mean over all query heads of the layer (TOVA, arXiv 2401.06104)."""
+
+    aligned: ClassVar[bool] = True
+
+    def score(self, view: View) -> Tensor:
+        return by_layer(super().score(view))

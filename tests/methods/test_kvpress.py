@@ -1,0 +1,123 @@
+"""Scores against kvpress's own, on the same weights and text, where KVBUDGET_KVPRESS_PYTHON names a Python that has it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvbudget.cache import KVCache
+from kvbudget.calibrate import calibrate
+from kvbudget.models import fingerprint
+from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.moments import square
+from kvbudget.policy.view import View
+from tiny import random_text, tiny_model
+
+PYTHON = os.environ.get("KVBUDGET_KVPRESS_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="KVBUDGET_KVPRESS_PYTHON names no Python with kvpress")
+
+# Runs under the other interpreter: a small Llama with the given weights, and what each press says of one text.
+SCRIPT = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+import kvpress
+
+config, presses = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+given = load_file(sys.argv[3])
+model.load_state_dict({name[8:]: x for name, x in given.items() if name.startswith("weights.")})
+found = {}
+for name, text in presses.items():
+    press = eval(text, {"kvpress": kvpress, **{k: v for k, v in given.items() if not k.startswith("weights.")}})
+    if name == "qfilters":
+        press.q_filters = given["filters"]
+        press.post_init_from_model = lambda model: None
+    if name == "expected_attention_stats":
+        press.mu, press.cov = given["mean"], given["covariance"]
+        press.post_init_from_model = lambda model: None
+    score = press.score
+
+    def keep(module, hidden_states, keys, values, attentions, kwargs, score=score, name=name):
+        out = score(module, hidden_states, keys, values, attentions, kwargs)
+        found[f"{name}.{module.layer_idx}"] = out.float().contiguous()
+        return out
+
+    press.score = keep
+    with torch.no_grad(), press(model):
+        model.model(given["ids"], past_key_values=DynamicCache())
+save_file(found, sys.argv[4])
+"""
+# kvpress's form, and the text of the policy; scores are compared from the first entry that both judge.
+PAIRS = {
+    "expected_attention": ("kvpress.ExpectedAttentionPress(0.5)", "expected_attention"),
+    "mean_only": (
+        "kvpress.ExpectedAttentionPress(0.5, use_covariance=False, use_vnorm=False, n_future_positions=16)",
+        "expected_attention(covariance=False, value_norm=False, future=16)",
+    ),
+    "expected_attention_stats": ("kvpress.ExpectedAttentionStatsPress(0.5)", "expected_attention_stats"),
+    "qfilters": ("kvpress.QFilterPress(0.5)", "qfilters(recent=0)"),
+    "knorm": ("kvpress.KnormPress(0.5)", "knorm"),
+    "keydiff": ("kvpress.KeyDiffPress(0.5)", "keydiff"),
+    "snapkv": ("kvpress.SnapKVPress(0.5, window_size=32)", "snapkv"),
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Scores ``[1, Hkv, T]`` of every pair and layer: kvpress's and ours."""
+    import json
+
+    folder = tmp_path_factory.mktemp("kvpress")
+    os.environ["KVBUDGET_CACHE"] = str(folder)
+    model, ids = tiny_model("llama", num_attention_heads=6, num_key_value_heads=2), random_text(300)
+    texts = {"texts": [random_text(100, seed=s)[0] for s in range(2)], "count": 2, "length": 100}
+    given = {f"weights.{name}": x.contiguous() for name, x in model.state_dict().items()} | {"ids": ids}
+    for method in ("qfilters", "expected_attention_stats"):
+        tensors = Artifact.load(method, fingerprint(model), calibrate(method, model, **texts)).tensors
+        if method == "qfilters":
+            given["filters"] = -tensors["filters"]  # stored with a minus sign there
+        else:
+            # The attention's scale, which ours hold inside, is applied later there.
+            given["mean"] = tensors["mean"] * 4.0
+            given["covariance"] = square(tensors["covariance"], 16) * 16.0
+    save_file(given, folder / "given")
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    config = {name: getattr(model.config, name) for name in (*fields, "intermediate_size", "rms_norm_eps")}
+    config |= {"rope_theta": model.config.rope_parameters["rope_theta"], "tie_word_embeddings": False}
+    presses = json.dumps({name: press for name, (press, _) in PAIRS.items()})
+    script = Path(folder / "script.py")
+    script.write_text(SCRIPT)
+    command = [PYTHON, str(script), json.dumps(config), presses, str(folder / "given"), str(folder / "found")]
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, env=environment, timeout=240)
+    theirs = load_file(folder / "found")
+    ours = {}
+    for name, (_, text) in PAIRS.items():
+        cache = KVCache(model, text, 1000)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        for layer, store in enumerate(cache.enforcer.layers):
+            ours[f"{name}.{layer}"] = cache.parts.scorer.score(View(store))
+    del os.environ["KVBUDGET_CACHE"]
+    return theirs, ours
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_order_the_entries_alike(both, name):
+    theirs, ours = both
+    for layer in range(2):
+        one, other = theirs[f"{name}.{layer}"][..., 4:], ours[f"{name}.{layer}"][..., 4:]
+        if name == "snapkv":  # the mean over the window there, the sum here; its columns are padded with the maximum
+            one, other = one[..., :-40] * 32, other[..., :-40]
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-3)
