@@ -149,21 +149,13 @@ class View:
         """
         queries = self._asked()
         query, lse = queries.last(last)
-        batch, heads = self.batch_size, self.num_kv_heads
-        query = query.unflatten(1, (heads, -1)).float()
-        lse = lse.unflatten(1, (heads, -1))
-        logits = torch.einsum("bhgwd,bhtd->bhgwt", query, self.keys.float()) * queries.scale
-        if queries.softcap is not None:
-            logits = queries.softcap * torch.tanh(logits / queries.softcap)
-        if all("count" in segment.meta.columns for segment in self.layer.main):
-            logits = logits + self.state("count").clamp_min(1e-30).log()[:, :, None, None, :]
-        width = query.shape[3]
-        seen = torch.tensor(self.seen, device=query.device)
-        steps = seen[:, None] - width + torch.arange(width, device=query.device)
-        allowed = self.positions[:, :, None, None, :] <= steps[:, None, None, :, None]
-        allowed &= self.valid[:, :, None, None, :]
-        weights = torch.exp(logits - lse[..., None])
-        return weights.masked_fill(~allowed, 0.0).view(batch, heads, -1, width, weights.shape[-1])
+        width, parts = query.shape[2], []
+        for segment, rows in self.layer.masses(query, lse, queries, summed=False):
+            padded = query.new_zeros(len(rows), len(rows[0]), segment.longest, dtype=torch.float32)
+            for cells, row in zip(padded, rows, strict=True):
+                cells[:, : row.shape[1]] = row
+            parts.append(padded.unflatten(1, (-1, width)))
+        return self._heads(torch.cat(parts, dim=-1))
 
     def _asked(self) -> Queries:
         if self.queries is None:
