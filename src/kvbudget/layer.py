@@ -173,10 +173,13 @@ class LayerCache:
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 
-    def masses(self, query: Tensor, lse: Tensor, like: object) -> Iterator[tuple[Segment, list[Tensor]]]:
+    def masses(
+        self, query: Tensor, lse: Tensor, like: object, *, summed: bool = True
+    ) -> Iterator[tuple[Segment, list[Tensor]]]:
         """Attention mass per main segment from ``query [B, Hq, W, D]`` whose tokens are the newest entries held.
 
         ``like`` carries ``scale`` and ``softcap``; ``lse [B, Hq, W]`` is merged over everything (+inf: do not count).
+        Without ``summed`` a row's weights ``[G * W, T_r]`` are given instead of their sums ``[T_r]`` over the queries.
         """
         width = query.shape[2]
         rows = self._rows(query)
@@ -186,7 +189,8 @@ class LayerCache:
             tail = width if index == len(self.main) - 1 else 0
             if segment.longest:
                 ctx = AttendContext(like.scale, like.softcap, None, positions, tail)  # type: ignore[attr-defined]
-                yield segment, segment.mass(self._turned(segment, rows, width), flat, ctx)
+                measure = segment.mass if summed else segment.weights
+                yield segment, measure(self._turned(segment, rows, width), flat, ctx)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""

@@ -1,7 +1,6 @@
 """The native kernels against the torch reference, over formats, shapes and masks."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from kvbudget import kernels
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import (
     ChannelQuantOperand,
+    CodebookOperand,
     DenseOperand,
     GatheredOperand,
     Operand,
@@ -27,17 +27,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = [1, 2, 3, 4, 8]
 WIDTHS = [8, 16, 24, 32, 64, 80, 96, 128, 256]
 fast = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    try:
-        native.use_instruction_set(request.param)
-    except KVBudgetError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.use_instruction_set(before)
 
 
 def dense(generator: torch.Generator, lengths: list[int], width: int, dtype: torch.dtype) -> DenseOperand:
@@ -80,6 +69,33 @@ def channel_codes(
     return ChannelQuantOperand(codes, scale, zero, bits, group, starts, skip)
 
 
+def codebook_codes(
+    draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int, dtype: torch.dtype
+) -> CodebookOperand:
+    """Coupled channels, a shared book with scales and means, or additive codes over whole vectors."""
+    unit = draw(st.sampled_from([1, 1, 24, 64]))
+    skip = torch.randint(0, 2 * unit, (len(lengths),), generator=generator).tolist()
+    starts, total = scattered([length + s for length, s in zip(lengths, skip, strict=True)], unit)
+    coupled = draw(st.sampled_from([1, 2, 4, 8, width]))
+    stages, size = draw(st.sampled_from([(1, 256), (1, 16), (2, 256), (5, 64), (1, 1024)]))
+    heads = draw(st.sampled_from([h for h in (1, 2, len(lengths)) if len(lengths) % h == 0]))
+    groups = width // coupled
+    words = torch.randn(heads, stages, draw(st.sampled_from([1, groups])), size, coupled, generator=generator) / stages
+    codes = torch.randint(0, size, (total, unit, stages * groups), generator=generator)
+    operand = CodebookOperand(
+        codes.to(torch.uint8 if size <= 256 else torch.int16),
+        words.expand(-1, -1, groups, -1, -1),
+        starts,
+        skip if draw(st.booleans()) else None,
+    )
+    if draw(st.booleans()):
+        operand.scale = torch.rand(total, unit, generator=generator).to(dtype)
+    if draw(st.booleans()):
+        operand.shift = torch.rand(total, unit, generator=generator).to(dtype)
+        operand.mean = torch.randn(total, width, generator=generator).to(dtype)
+    return operand
+
+
 def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
     """Any format; sometimes a selection out of longer rows."""
     if draw(st.integers(0, 3)) == 0:
@@ -93,7 +109,9 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
 
 def plain_operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
     dtype = draw(st.sampled_from(DTYPES))
-    kind = draw(st.sampled_from(["dense", "token", "channel"]))
+    kind = draw(st.sampled_from(["dense", "token", "channel", "codebook"]))
+    if kind == "codebook":
+        return codebook_codes(draw, generator, lengths, width, dtype)
     if kind == "dense":
         return dense(generator, lengths, width, dtype)
     bits = draw(st.sampled_from(BITS))
@@ -119,7 +137,9 @@ def calls(draw: st.DrawFn) -> dict[str, object]:
     sizes = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 31, 32, 33, 64, 100, 255, 256, 257, 300, 700])
     lengths = draw(st.lists(sizes, min_size=1, max_size=4))
     groups, steps = draw(
-        st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (8, 1), (3, 2), (4, 4), (3, 8)])
+        st.sampled_from(
+            [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (8, 1), (3, 2), (4, 4), (3, 8), (1, 25), (2, 64)]
+        )
     )
     width, value_width = draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS))
     query = torch.randn(len(lengths), groups * steps, width, generator=generator).to(draw(st.sampled_from(DTYPES)))
@@ -162,10 +182,46 @@ def test_attend_and_mass_match_the_reference(instruction_set: str, call: dict) -
     got_mass = native.mass(query, key, lengths, lse, **options)
     assert got_mass is not None
     from_logits = native.mass_of_logits(logits, lengths, lse)
-    for got_row, logits_row, want_row in zip(got_mass, from_logits, want_mass, strict=True):
-        assert got_row.shape == want_row.shape
-        close(got_row, want_row)
-        close(logits_row, want_row)
+    got_weights, want_weights = (k.weights(query, key, lengths, lse, **options) for k in (native, reference))
+    for row, want_row in enumerate(want_mass):
+        assert got_mass[row].shape == want_row.shape
+        close(got_mass[row], want_row)
+        close(from_logits[row], want_row)
+        close(want_weights[row].sum(0), want_row)
+        close(got_weights[row], want_weights[row])
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_column_sums_of_a_prompt(instruction_set: str, window: int | None) -> None:
+    """Many query steps against their own keys and older ones: the sums of the causal weights, computed all at once."""
+    generator = torch.Generator().manual_seed(2)
+    lengths, steps, width = [900, 700], 600, 24
+    key = dense(generator, lengths, width, torch.float32)
+    query = torch.randn(2, 3 * steps, width, generator=generator)
+    lse = torch.full((2, 3 * steps), math.inf)
+    want, whole = [], []
+    for row, length in enumerate(lengths):
+        keys = key.data[key.starts[row] : key.starts[row] + length].double()
+        logits = (query[row].double() @ keys.T).unflatten(0, (3, steps)) * 0.3
+        last = length - steps + torch.arange(steps)[:, None]
+        hidden = torch.arange(length) > last
+        if window is not None:
+            hidden |= torch.arange(length) <= last - window
+        logits = logits.masked_fill(hidden, -math.inf)
+        lse[row] = logits.logsumexp(-1).flatten()
+        whole.append(logits.softmax(-1).flatten(0, 1).float())
+        want.append(whole[-1].sum(0))
+    options = {
+        "scale": 0.3, "causal_tail": steps, "window": window, "entry_starts": key.starts,
+        "positions": torch.cat([torch.arange(700), torch.zeros(1), torch.arange(900)]).int(),
+        "query_positions": torch.stack([length - steps + torch.arange(steps) for length in lengths]),
+    }  # fmt: skip
+    assert key.starts == [701, 0]
+    for found in (native, reference):
+        for got_row, want_row in zip(found.mass(query, key, lengths, lse, **options), want, strict=True):
+            close(got_row, want_row)
+        for got_row, want_row in zip(found.weights(query, key, lengths, lse, **options), whole, strict=True):
+            close(got_row, want_row)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128])

@@ -8,39 +8,20 @@ a constant group gets scale 1 and codes 0, so it decodes to its constant instead
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from kvbudget import kernels
 from kvbudget.codecs.base import Codec
 from kvbudget.errors import PolicyError
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
     Operand,
     TokenQuantOperand,
-    pack,
     packed_width,
     unpack,
 )
 
 BITS = (1, 2, 3, 4, 8)
-HALF_MAX = torch.finfo(torch.float16).max
-
-
-def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Min-max codes over ``dim``: returns uint8 codes (shape of x), float16 scale and zero (``dim`` kept as 1).
-
-    >>> codes, scale, zero = quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 2, -1)
-    >>> codes.tolist(), scale.item(), zero.item()
-    ([[0, 1, 2, 3]], 1.0, 0.0)
-    """
-    x = x.float()
-    low, high = x.aminmax(dim=dim, keepdim=True)
-    levels = 2**bits - 1
-    zero = low.clamp(-HALF_MAX, HALF_MAX).half()
-    scale = ((high - zero.float()) / levels).clamp(0.0, HALF_MAX).half()
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, levels)
-    return codes.to(torch.uint8), scale, zero
 
 
 @dataclass(frozen=True)
@@ -60,8 +41,8 @@ class TokenQuant(Codec):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         group = _divisor(x.shape[-1], self.group)
-        codes, scale, zero = quantize(x.unflatten(-1, (-1, group)), self.bits, -1)
-        return {"codes": pack(codes.flatten(-2), self.bits), "scale": scale[..., 0], "zero": zero[..., 0]}
+        codes, scale, zero = kernels.encode_tokens(x, self.bits, group)
+        return {"codes": codes, "scale": scale, "zero": zero}
 
     def decode(self, columns: dict[str, Tensor]) -> Tensor:
         operand = self.operand(columns, [0], [0])
@@ -96,8 +77,8 @@ class ChannelQuant(Codec):
             )
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        codes, scale, zero = quantize(x.unflatten(0, (-1, self.unit)), self.bits, 1)
-        return {"codes": pack(codes, self.bits), "scale": scale[:, 0], "zero": zero[:, 0]}
+        codes, scale, zero = kernels.encode_units(x, self.bits, self.unit)
+        return {"codes": codes, "scale": scale, "zero": zero}
 
     def decode(self, columns: dict[str, Tensor]) -> Tensor:
         width = columns["scale"].shape[-1]

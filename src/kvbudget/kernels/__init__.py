@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, nearest
-from kvbudget.kernels import reference
+from kvbudget.kernels import encode, reference
+from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
@@ -32,6 +33,7 @@ from kvbudget.kernels.reference import (
 __all__ = [
     "Backend",
     "ChannelQuantOperand",
+    "CodebookOperand",
     "DenseOperand",
     "GatheredOperand",
     "Operand",
@@ -41,12 +43,15 @@ __all__ = [
     "attend_keeping_logits",
     "backend",
     "causal_attend",
+    "encode_tokens",
+    "encode_units",
     "mass",
     "mass_of_logits",
     "merge",
     "pack",
     "packed_width",
     "unpack",
+    "weights",
 ]
 
 _log = logging.getLogger(__name__)
@@ -152,3 +157,36 @@ def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **opt
         if sums is not None:
             return sums
     return reference.mass(query, key, lengths, lse, **options)
+
+
+def weights(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor]:
+    """Attention weights of a window of queries against a merged lse; see `reference.weights`."""
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        found = native.weights(query, key, lengths, lse, **options)
+        if found is not None:
+            return found
+    return reference.weights(query, key, lengths, lse, **options)
+
+
+def encode_tokens(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed integer codes with a scale and a zero per entry and group of channels; see `encode.encode_tokens`."""
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        coded = native.encode(x, bits, group, False)
+        if coded is not None:
+            return coded
+    return encode.encode_tokens(x, bits, group)
+
+
+def encode_units(x: Tensor, bits: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed integer codes with a scale and a zero per channel and unit of entries; see `encode.encode_units`."""
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        coded = native.encode(x, bits, unit, True)
+        if coded is not None:
+            return coded
+    return encode.encode_units(x, bits, unit)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.reference import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, unpack
 
 
@@ -35,4 +36,6 @@ class GatheredOperand(Operand):
             group = start + slot // base.group
             codes = unpack(base.codes[group, slot % base.group], base.bits, base.scale.shape[-1]).float()
             return codes * base.scale[group].float() + base.zero[group].float()
+        if isinstance(base, CodebookOperand):
+            return base.chosen(row, chosen)
         raise TypeError(f"entries of a {type(base).__name__} cannot be gathered; give a dense or quantized operand")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import _native
+from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
@@ -19,7 +20,7 @@ from kvbudget.kernels.reference import (
 )
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DENSE, _TOKEN, _CHANNEL = range(3)
+_DENSE, _TOKEN, _CHANNEL, _CODEBOOK = range(4)
 _MAX_WIDTH = 1024
 _BITS = (1, 2, 3, 4, 8)
 
@@ -41,7 +42,7 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         base, index = _describe(operand.base), operand.index
         if base is None or base[11] or index.dtype is not torch.int64 or not index.is_contiguous():
             return None
-        return (*base[:11], index.data_ptr(), operand.starts)
+        return (*base[:11], index.data_ptr(), operand.starts, base[13])
     if type(operand) is DenseOperand:
         data = operand.data
         kind = _TYPES.get(data.dtype)
@@ -50,7 +51,9 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         if data.stride(1) != 1:
             return None
         stride = data.stride(0) * data.element_size()
-        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts, (), 0, ())
+        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts, (), 0, (), ())
+    if type(operand) is CodebookOperand:
+        return _describe_codebook(operand)
     if type(operand) is not TokenQuantOperand and type(operand) is not ChannelQuantOperand:
         return None
     skip = (operand.skip or ()) if isinstance(operand, ChannelQuantOperand) else ()
@@ -79,7 +82,40 @@ def _describe(operand: Operand) -> tuple[Any, ...] | None:
         skip,
         0,
         (),
+        (),
     )
+
+
+def _describe_codebook(operand: CodebookOperand) -> tuple[Any, ...] | None:
+    codes, words = operand.codes, operand.codebook
+    meta = [column for column in (operand.scale, operand.shift, operand.mean) if column is not None]
+    kinds = {_TYPES.get(column.dtype) for column in meta} or {0}
+    if len(kinds) > 1 or None in kinds or not all(column.is_contiguous() for column in meta):
+        return None
+    if not codes.is_cpu or codes.dtype not in (torch.uint8, torch.int16) or not codes.is_contiguous():
+        return None
+    heads, stages, groups, size, coupled = words.shape
+    if words.dtype is not torch.float32 or words.stride()[3:] != (coupled, 1):
+        return None
+    width = operand.width
+    if width % 8 or not 0 < width <= _MAX_WIDTH or codes.shape[2] != stages * groups:
+        return None
+    scale, shift, mean = (0 if c is None else c.data_ptr() for c in (operand.scale, operand.shift, operand.mean))
+    book = (
+        words.data_ptr(),
+        heads,
+        stages,
+        groups,
+        size,
+        coupled,
+        *words.stride()[:3],
+        codes.element_size(),
+        mean,
+        shift,
+    )
+    stride = codes.shape[2] * codes.element_size()
+    head = (_CODEBOOK, kinds.pop(), codes.data_ptr(), stride, scale, 0, width, 0, operand.unit)
+    return (*head, operand.starts, operand.skip or (), 0, (), book)
 
 
 def _call(
@@ -171,11 +207,22 @@ def attend(
     return Partial(out, lse)
 
 
-def mass(
+def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:
+    """`reference.mass` by the extension; None where it cannot serve the operand."""
+    return _weighted(query, key, lengths, lse, False, **options)
+
+
+def weights(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:
+    """`reference.weights` by the extension; None where it cannot serve the operand."""
+    return _weighted(query, key, lengths, lse, True, **options)
+
+
+def _weighted(
     query: Tensor,
     key: Operand,
     lengths: Sequence[int],
     lse: Tensor,
+    apart: bool,
     *,
     scale: float,
     softcap: float | None = None,
@@ -187,21 +234,41 @@ def mass(
     window: int | None = None,
     block: int = 0,
 ) -> list[Tensor] | None:
-    """`reference.mass` by the extension; None where it cannot serve the operand."""
+    """Weights of all queries, apart ``[M, T_r]`` or summed ``[T_r]``."""
     key_view = _describe(key)
     call = _call(
         query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
     )
     if key_view is None or call is None:
         return None
-    if query.shape[-1] != key_view[6]:
-        raise KVBudgetError(
-            f"queries have head_dim {query.shape[-1]}, but keys have {key_view[6]}; pass matching operands"
-        )
+    queries, width = query.shape[1:]
+    if width != key_view[6]:
+        raise KVBudgetError(f"queries have head_dim {width}, but keys have {key_view[6]}; pass matching operands")
     lse = lse.float().contiguous()
-    sums = torch.empty(sum(lengths))
-    _native.mass(key_view, call[0], torch.get_num_threads(), lse.data_ptr(), sums.data_ptr())
-    return list(sums.split(list(lengths)))
+    found = torch.empty(sum(lengths) * (queries if apart else 1))
+    to = (0, found.data_ptr()) if apart else (found.data_ptr(), 0)
+    _native.mass(key_view, call[0], torch.get_num_threads(), lse.data_ptr(), *to)
+    if apart:
+        return [row.view(queries, -1) for row in found.split([queries * length for length in lengths])]
+    return list(found.split(list(lengths)))
+
+
+def encode(x: Tensor, bits: int, group: int, by_units: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`encode.encode_units` or `encode.encode_tokens` by the extension; None where it cannot serve the tensor."""
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu or x.dim() != 2 or bits not in _BITS or (len(x) and x.stride(1) != 1):
+        return None
+    entries, width = x.shape
+    if width % 8 or not 0 < width <= _MAX_WIDTH:
+        return None
+    count = entries // group if by_units else entries
+    shape = (count, group) if by_units else (count,)
+    codes = torch.empty(*shape, packed_width(width, bits), dtype=torch.uint8)
+    scale, zero = (torch.empty(count, width if by_units else width // group, dtype=torch.float16) for _ in range(2))
+    at = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
+    stride = x.stride(0) * x.element_size()
+    _native.encode(x.data_ptr(), kind, stride, width, by_units, bits, group, count, torch.get_num_threads(), *at)
+    return codes, scale, zero
 
 
 def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[Tensor]:

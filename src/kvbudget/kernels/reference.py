@@ -5,9 +5,9 @@ rows of its GQA group, query head major: ``m = g * n + i`` for query step ``i`` 
 ``starts[r] : starts[r] + lengths[r]``. Softmax and accumulation run in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -272,7 +272,7 @@ def attend(
     return Partial(torch.stack(outs), torch.stack(lses))
 
 
-def mass(
+def _weight_blocks(
     query: Tensor,
     key: Operand,
     lengths: Sequence[int],
@@ -287,27 +287,47 @@ def mass(
     causal_tail: int = 0,
     window: int | None = None,
     block: int | None = None,
-) -> list[Tensor]:
+) -> Iterator[tuple[int, slice, int, Tensor]]:
+    """Yields a row, a block of its entries, a first step and the weights ``[G, n - first, T']`` of the steps from it on.
+
+    Earlier steps do not see the block at all.
+    """
+    block = block or _block_size(query.shape[1])
+    steps = 1 if query_positions is None else query_positions.shape[1]
+    for row, length in enumerate(lengths):
+        per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)
+        members = query[row].unflatten(0, (-1, steps))
+        bound = lse[row].nan_to_num(neginf=float("inf")).unflatten(0, (-1, steps))
+        for begin in range(0, length, block):
+            end = min(begin + block, length)
+            first = max(0, begin - (length - causal_tail)) if causal_tail > 1 else 0
+            logits = row_logits(
+                members[:, first:].flatten(0, 1), key, row, begin, end, length,
+                scale=scale, softcap=softcap, causal_tail=causal_tail - first, window=window,
+                query_positions=None if query_positions is None else query_positions[row, first:], **per_entry,
+            )  # fmt: skip
+            logits = logits.unflatten(0, (len(members), -1))
+            yield row, slice(begin, end), first, torch.exp(logits - bound[:, first:, None])
+
+
+def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor]:
     """Attention weights' sum over query rows, per row ``[T_r]`` float32, against the merged ``lse [R, M]``.
 
     The column sums are those of the softmax over *all* parts, not only this one: ``sum_m exp(logit[m, t] - lse[m])``.
-    Rows of queries that are not to be counted carry ``lse = +inf``.
+    Queries that are not to be counted carry ``lse = +inf``, those that see nothing may carry -inf. Options as in `attend`.
     """
-    block = block or _block_size(query.shape[1])
-    sums = []
-    for row, length in enumerate(lengths):
-        per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)
-        total = torch.zeros(length, device=query.device)
-        for begin in range(0, length, block):
-            end = min(begin + block, length)
-            logits = row_logits(
-                query[row], key, row, begin, end, length,
-                scale=scale, softcap=softcap, causal_tail=causal_tail, window=window,
-                query_positions=None if query_positions is None else query_positions[row], **per_entry,
-            )  # fmt: skip
-            total[begin:end] = torch.exp(logits - lse[row][:, None]).sum(0)
-        sums.append(total)
+    sums = [torch.zeros(length, device=query.device) for length in lengths]
+    for row, entries, _, found in _weight_blocks(query, key, lengths, lse, **options):
+        sums[row][entries] = found.sum((0, 1))
     return sums
+
+
+def weights(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor]:
+    """What `mass` sums up: attention weights per row ``[M, T_r]`` float32, for a window of few query steps."""
+    found = [torch.zeros(query.shape[1], length, device=query.device) for length in lengths]
+    for row, entries, first, block in _weight_blocks(query, key, lengths, lse, **options):
+        found[row].unflatten(0, (len(block), -1))[:, first:, entries] = block
+    return found
 
 
 def causal_attend(

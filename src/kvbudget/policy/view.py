@@ -180,9 +180,15 @@ class View:
 
         The softmax runs over everything that the layer holds (window included), so a row sums to at most one here.
         """
-        width = min(last, self._asked().query.shape[2])
-        ((weights, _),) = self.attention_rows(last, block=max(1, width))
-        return weights
+        queries = self._asked()
+        query, lse = queries.last(last)
+        width, parts = query.shape[2], []
+        for segment, rows in self.layer.masses(query, lse, queries, summed=False):
+            padded = query.new_zeros(len(rows), len(rows[0]), segment.longest, dtype=torch.float32)
+            for cells, row in zip(padded, rows, strict=True):
+                cells[:, : row.shape[1]] = row
+            parts.append(padded.unflatten(1, (-1, width)))
+        return self._heads(torch.cat(parts, dim=-1))
 
     def attention_rows(self, last: int | None = None, block: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`window_attention` of the newest ``last`` queries (None: all), in blocks of ``block`` queries (0: a few MiB each).

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbudget.kernels.reference import Partial
+from kvbudget import kernels
+from kvbudget.kernels.reference import DenseOperand, Partial
 from kvbudget.segments.ragged import RaggedTable
 
 
@@ -72,6 +73,27 @@ class Segment(ABC):
     @abstractmethod
     def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
         """Attention weight that each entry receives, summed over query rows, against the merged ``lse [R, M]``."""
+
+    def weights(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
+        """What `mass` sums up, per row ``[M, T_r]``: for a window of queries only, since nothing is summed."""
+        keys = self.keys()
+        rows, longest = keys.shape[:2]
+        starts = [row * longest for row in range(rows)]
+        count = self.meta.padded("count").clamp_min(1e-30).log() if "count" in self.meta.columns else None
+        return kernels.weights(
+            query,
+            DenseOperand(keys.reshape(-1, keys.shape[-1]), starts),
+            self.lengths,
+            lse,
+            scale=ctx.scale,
+            softcap=ctx.softcap,
+            window=ctx.window,
+            causal_tail=ctx.causal_tail,
+            query_positions=ctx.query_positions,
+            positions=self.positions().flatten(),
+            log_count=None if count is None else count.flatten(),
+            entry_starts=starts,
+        )
 
     @abstractmethod
     def keys(self) -> Tensor:

@@ -1,4 +1,4 @@
 // The kernels for avx512 machines; the build sets the matching machine flags for this file alone.
 #define KV_TABLE avx512_kernels
 #define KV_NAME "avx512"
-#include "range.h"
+#include "table.h"

@@ -64,9 +64,11 @@ KV_INLINE void with_codec(Codec codec, Body&& body) {
   }
 }
 
+KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 
 KV_INLINE Codec choose(const Operand& x) {
+  if (x.kind == Kind::codebook) return Codec::expand;
   if (x.kind == Kind::dense) {
     if (x.width % 16 || x.type == Type::f16) return Codec::expand;
     const bool wide = x.width % 32 == 0;
@@ -182,41 +184,85 @@ KV_INLINE void permute(const Order& o, const float* in, float* out) {
   }
 }
 
-// Codes of one packed row as float32.
-KV_INLINE void unpack_row(const uint8_t* row, int width, int bits, float* out) {
-  if (bits == 8) {
-    for (int i = 0; i < width; ++i) out[i] = row[i];
-  } else if (bits == 3) {
-    const int low = width / 4, high = width / 8;
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < low; ++i) out[i + j * low] = static_cast<float>(row[i] >> (2 * j) & 3);
-    for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < high; ++i) out[i + j * high] += static_cast<float>((row[low + i] >> j & 1) * 4);
-  } else {
-    const int slab = packed_bytes(width, bits), mask = (1 << bits) - 1;
-    for (int j = 0; j < 8 / bits; ++j)
-      for (int i = 0; i < slab; ++i) out[i + j * slab] = static_cast<float>(row[i] >> (bits * j) & mask);
+typedef uint8_t v8u8 __attribute__((vector_size(8)));
+typedef uint8_t v8u8_memory __attribute__((vector_size(8), aligned(1), may_alias));
+
+// out = (or +=) factor * codes of a plane whose slabs hold `slab` channels.
+template <bool Add>
+KV_INLINE void unpack_plane(const uint8_t* row, int slab, int bits, float factor, float* out) {
+  const uint32_t mask = (1u << bits) - 1u;
+  for (int j = 0; j < 8 / bits; ++j, out += slab) {
+    int i = 0;
+    for (; i + W <= slab; i += W) {
+      const vu bytes = __builtin_convertvector((v8u8) * reinterpret_cast<const v8u8_memory*>(row + i), vu);
+      const vf codes = to_float(bytes >> (bits * j) & mask) * splat(factor);
+      store(out + i, Add ? load(out + i) + codes : codes);
+    }
+    for (; i < slab; ++i) {
+      const float code = static_cast<float>(row[i] >> (bits * j) & mask) * factor;
+      out[i] = Add ? out[i] + code : code;
+    }
   }
 }
 
-// Entry t of a row (flat index `entry`, for channel groups relative to the row) as float32 [width].
-KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out) {
-  const int64_t start = x.starts[row];
+// Codes of one packed row as float32.
+KV_INLINE void unpack_row(const uint8_t* row, int width, int bits, float* out) {
+  if (bits == 3) {
+    unpack_plane<false>(row, width / 4, 2, 1.0f, out);
+    unpack_plane<true>(row + width / 4, width / 8, 1, 4.0f, out);
+  } else {
+    unpack_plane<false>(row, packed_bytes(width, bits), bits, 1.0f, out);
+  }
+}
+
+// Where entry t of a row lies: its index over all rows, counted in entries.
+KV_INLINE int64_t flat(const Operand& x, int row, int64_t t) {
   if (x.index) t = x.index[x.index_starts[row] + t];
+  if (x.skip) t += x.skip[row];
+  return x.starts[row] * (x.kind == Kind::channel || x.kind == Kind::codebook ? x.group : 1) + t;
+}
+
+// Codes come from outside and must not lead out of the table.
+KV_INLINE int code_of(const Book& book, const uint8_t* codes, int slot) {
+  const int code = book.code_bytes == 1 ? codes[slot] : reinterpret_cast<const u16_memory*>(codes)[slot];
+  return code < book.size ? code : book.size - 1;
+}
+
+KV_INLINE const float* words_of(const Book& book, int row, int stage, int subspace) {
+  return book.words + row % book.heads * book.head_step + stage * book.stage_step + subspace * book.subspace_step;
+}
+
+// Entry t of a row as float32 [width]; `other` holds [width] floats in between.
+KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out, float* other) {
+  const int64_t at = flat(x, row, t);
+  const uint8_t* data = x.data + at * x.stride;
   if (x.kind == Kind::dense) {
-    to_float(x.data + (start + t) * x.stride, x.type, 0, x.width, out);
+    to_float(data, x.type, 0, x.width, out);
   } else if (x.kind == Kind::token) {
-    unpack_row(x.data + (start + t) * x.stride, x.width, x.bits, out);
+    unpack_row(data, x.width, x.bits, out);
     const int groups = x.width / x.group;
     for (int j = 0; j < groups; ++j) {
-      const float s = element(x.scale, x.type, (start + t) * groups + j), z = element(x.zero, x.type, (start + t) * groups + j);
+      const float s = element(x.scale, x.type, at * groups + j), z = element(x.zero, x.type, at * groups + j);
       for (int i = 0; i < x.group; ++i) out[j * x.group + i] = out[j * x.group + i] * s + z;
     }
+  } else if (x.kind == Kind::channel) {
+    unpack_row(data, x.width, x.bits, out);
+    const int64_t meta = at / x.group * x.width;
+    to_float(x.scale, x.type, meta, x.width, other);
+    for (int i = 0; i < x.width; ++i) out[i] *= other[i];
+    to_float(x.zero, x.type, meta, x.width, other);
+    for (int i = 0; i < x.width; ++i) out[i] += other[i];
   } else {
-    if (x.skip) t += x.skip[row];
-    unpack_row(x.data + (start * x.group + t) * x.stride, x.width, x.bits, out);
-    const int64_t at = (start + t / x.group) * x.width;
-    for (int i = 0; i < x.width; ++i) out[i] = out[i] * element(x.scale, x.type, at + i) + element(x.zero, x.type, at + i);
+    const Book& book = x.book;
+    const float scale = x.scale ? element(x.scale, x.type, at) : 1.0f;
+    const float shift = book.mean ? element(book.shift, x.type, at) : 0.0f;
+    if (book.mean) to_float(book.mean, x.type, at / x.group * x.width, x.width, other);
+    for (int i = 0; i < x.width; ++i) out[i] = book.mean ? shift * other[i] : 0.0f;
+    for (int k = 0, slot = 0; k < book.stages; ++k)
+      for (int p = 0; p < book.subspaces; ++p, ++slot) {
+        const float* word = words_of(book, row, k, p) + static_cast<int64_t>(code_of(book, data, slot)) * book.coupled;
+        for (int i = 0; i < book.coupled; ++i) out[p * book.coupled + i] += scale * word[i];
+      }
   }
 }
 

@@ -23,6 +23,10 @@ struct Split {
   int slots = 0;
 };
 
+// From this many query rows on, entries are expanded once for all of them.
+constexpr int kManyQueries = 16;
+constexpr int64_t kColumns = 256;
+
 // Threads pay off from about ten microseconds of work on.
 constexpr double kSerialWork = 1.5e5;
 
@@ -75,6 +79,30 @@ void in_parallel(int threads, const Body& body) {
   for (int t = 0; t < threads; ++t) body(t);
 }
 
+// Where each row's results begin, `per_entry` numbers for every entry.
+std::vector<int64_t> offsets_of(const Job& job, int64_t per_entry) {
+  std::vector<int64_t> offsets(job.rows);
+  for (int r = 1; r < job.rows; ++r) offsets[r] = offsets[r - 1] + job.lengths[r - 1] * per_entry;
+  return offsets;
+}
+
+void by_columns(const Kernels& kernels, const Job& job, int threads, const float* lse, float* sums, float* weights) {
+  const std::vector<int64_t> offsets = offsets_of(job, 1);
+  std::vector<Range> blocks;
+  for (int r = 0; r < job.rows; ++r)
+    for (int64_t t = 0; t < job.lengths[r]; t += kColumns) blocks.push_back({r, t, std::min(t + kColumns, job.lengths[r]), -1});
+  threads = useful_threads(job, threads);
+  const size_t bytes = kernels.column_bytes(job);
+  const auto block = [&](const Range& x) {
+    const int64_t at = offsets[x.row];
+    kernels.columns(job, x.row, x.begin, x.end, scratch(bytes), lse + static_cast<size_t>(x.row) * job.queries,
+                    sums ? sums + at + x.begin : nullptr, weights ? weights + at * job.queries + x.begin : nullptr);
+  };
+  // Causal blocks differ in work, so each thread takes the next one that is left.
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  for (size_t i = 0; i < blocks.size(); ++i) block(blocks[i]);
+}
+
 bool machine_has(const char* name) {
   if (!std::strcmp(name, "generic")) return true;
 #if defined(__x86_64__)
@@ -111,8 +139,7 @@ void attend(const Kernels& kernels, const Job& job, int threads, float* out, flo
   threads = useful_threads(job, threads);
   const Split s = split(job, threads);
   std::vector<float> parts(static_cast<size_t>(s.slots) * M * (width + 1));
-  std::vector<int64_t> offsets(job.rows);
-  for (int r = 1; r < job.rows; ++r) offsets[r] = offsets[r - 1] + job.lengths[r - 1] * M;
+  const std::vector<int64_t> offsets = offsets_of(job, M);
   const size_t bytes = kernels.scratch_bytes(job);
   in_parallel(threads, [&](int t) {
     uint8_t* memory = scratch(bytes);
@@ -160,11 +187,11 @@ void attend(const Kernels& kernels, const Job& job, int threads, float* out, flo
   }
 }
 
-void mass(const Kernels& kernels, const Job& job, int threads, const float* lse, float* sums) {
+void mass(const Kernels& kernels, const Job& job, int threads, const float* lse, float* sums, float* weights) {
+  if (weights || job.queries >= kManyQueries) return by_columns(kernels, job, threads, lse, sums, weights);
   threads = useful_threads(job, threads);
   const Split s = split(job, threads);
-  std::vector<int64_t> offsets(job.rows);
-  for (int r = 1; r < job.rows; ++r) offsets[r] = offsets[r - 1] + job.lengths[r - 1];
+  const std::vector<int64_t> offsets = offsets_of(job, 1);
   const size_t bytes = kernels.scratch_bytes(job);
   in_parallel(threads, [&](int t) {
     uint8_t* memory = scratch(bytes);
@@ -173,6 +200,16 @@ void mass(const Kernels& kernels, const Job& job, int threads, const float* lse,
       kernels.mass(job, range.row, range.begin, range.end, memory, lse + static_cast<size_t>(range.row) * job.queries,
                    sums + offsets[range.row] + range.begin);
     }
+  });
+}
+
+void encode(const Kernels& kernels, const Dense& x, bool by_units, int bits, int group, int64_t count, int threads,
+            const Encoded& to) {
+  const int64_t elements = count * x.width * (by_units ? group : 1);
+  threads = elements < (1 << 16) ? 1 : std::max(threads, 1);
+  in_parallel(threads, [&](int t) {
+    const int64_t begin = count * t / threads, end = count * (t + 1) / threads;
+    (by_units ? kernels.encode_units : kernels.encode_tokens)(x, bits, group, begin, end, to);
   });
 }
 

@@ -11,10 +11,13 @@ const Kernels* named_kernels(const char* name);
 
 // out [rows, M, Dv], lse [rows, M]; logits (may be null) row after row [M, length].
 void attend(const Kernels&, const Job&, int threads, float* out, float* lse, float* logits);
-// sums: row after row [length], against lse [rows, M].
-void mass(const Kernels&, const Job&, int threads, const float* lse, float* sums);
+// sums: row after row [length], against lse [rows, M]; or the weights themselves, row after row [M, length]. Either may be null.
+void mass(const Kernels&, const Job&, int threads, const float* lse, float* sums, float* weights);
 // The same from the logits that attend has kept.
 void mass_of_logits(const Kernels&, int rows, int queries, const int64_t* lengths, int threads, const float* logits,
                     const float* lse, float* sums);
+
+// Codes, scales and zeros of `count` entries, or of `count` units of `group` entries.
+void encode(const Kernels&, const Dense&, bool by_units, int bits, int group, int64_t count, int threads, const Encoded&);
 
 }  // namespace kvbudget

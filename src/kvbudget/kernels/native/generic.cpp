@@ -2,4 +2,4 @@
 #define KV_QUERY_TILE 2
 #define KV_TABLE generic_kernels
 #define KV_NAME "generic"
-#include "range.h"
+#include "table.h"

@@ -9,8 +9,20 @@
 
 namespace kvbudget {
 
-enum class Kind : int { dense = 0, token = 1, channel = 2 };
+enum class Kind : int { dense = 0, token = 1, channel = 2, codebook = 3 };
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Codewords of a codebook operand: an entry is scale * (one word per stage and group of coupled channels) + shift * mean.
+struct Book {
+  const float* words;         // [heads][stages][subspaces][size][coupled]
+  int heads;                  // row r uses words of head r % heads
+  int stages, subspaces;      // codes per entry: stages * subspaces
+  int size, coupled;
+  int64_t head_step, stage_step, subspace_step;  // in floats; 0 where words are shared
+  int code_bytes;             // 1 or 2
+  const uint8_t* mean;        // [units, D]; null: none
+  const uint8_t* shift;       // per entry, with the mean
+};
 
 // Keys or values of all rows; the fields are those of reference.py's operands.
 struct Operand {
@@ -22,11 +34,25 @@ struct Operand {
   const uint8_t* zero;
   int width;           // D
   int bits;
-  int group;           // channels per group (token) or entries per group (channel)
+  int group;           // channels per group (token) or entries per group (channel, codebook)
   const int64_t* starts;
   const int64_t* skip;   // per-channel codes: entries of a row's first group that are passed over; null: none
   const int64_t* index;  // gathered subsets: entry t of a row is index[index_starts[row] + t]; null otherwise
   const int64_t* index_starts;
+  Book book;
+};
+
+// Dense entries to be encoded, and where their codes, scales and zeros go.
+struct Dense {
+  const uint8_t* data;
+  Type type;
+  int64_t stride;  // bytes from one entry to the next
+  int width;
+};
+struct Encoded {
+  uint8_t* codes;
+  uint8_t* scale;  // half precision
+  uint8_t* zero;
 };
 
 struct Job {
@@ -60,6 +86,13 @@ struct Kernels {
   void (*mass)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums);
   // The same from logits [M, length] that attend has kept.
   void (*mass_of_logits)(int queries, int64_t length, const float* logits, const float* lse, float* sums);
+  // For many queries: sums [end - begin] (or null) and the weights themselves, [M] rows `length` apart (or null), of at most
+  // 256 entries; scratch holds column_bytes(job) bytes.
+  size_t (*column_bytes)(const Job&);
+  void (*columns)(const Job&, int row, int64_t begin, int64_t end, uint8_t* scratch, const float* lse, float* sums, float* weights);
+  // Integer codes of entries (per-token groups) or units (per-channel groups) begin to end.
+  void (*encode_tokens)(const Dense&, int bits, int group, int64_t begin, int64_t end, const Encoded&);
+  void (*encode_units)(const Dense&, int bits, int unit, int64_t begin, int64_t end, const Encoded&);
 };
 
 const Kernels& generic_kernels();

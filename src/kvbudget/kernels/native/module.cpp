@@ -26,7 +26,8 @@ struct Lists {
   Integers starts, skip, index_starts;
 };
 
-// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts)
+// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book), where book is () or
+// (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift)
 Operand operand(const nb::tuple& t, Lists& lists) {
   Operand x{};
   x.kind = static_cast<kvbudget::Kind>(nb::cast<int>(t[0]));
@@ -45,6 +46,20 @@ Operand operand(const nb::tuple& t, Lists& lists) {
   x.starts = lists.starts.data();
   x.skip = lists.skip.empty() ? nullptr : lists.skip.data();
   x.index_starts = lists.index_starts.data();
+  const nb::tuple book = nb::cast<nb::tuple>(t[13]);
+  if (book.size() == 0) return x;
+  x.book.words = reinterpret_cast<const float*>(address(book[0]));
+  x.book.heads = nb::cast<int>(book[1]);
+  x.book.stages = nb::cast<int>(book[2]);
+  x.book.subspaces = nb::cast<int>(book[3]);
+  x.book.size = nb::cast<int>(book[4]);
+  x.book.coupled = nb::cast<int>(book[5]);
+  x.book.head_step = nb::cast<int64_t>(book[6]);
+  x.book.stage_step = nb::cast<int64_t>(book[7]);
+  x.book.subspace_step = nb::cast<int64_t>(book[8]);
+  x.book.code_bytes = nb::cast<int>(book[9]);
+  x.book.mean = address(book[10]);
+  x.book.shift = address(book[11]);
   return x;
 }
 
@@ -94,10 +109,19 @@ void attend(const nb::tuple& key, const nb::tuple& value, const nb::tuple& call,
                    reinterpret_cast<float*>(logits));
 }
 
-void mass(const nb::tuple& key, const nb::tuple& call, int threads, uintptr_t lse, uintptr_t sums) {
+void mass(const nb::tuple& key, const nb::tuple& call, int threads, uintptr_t lse, uintptr_t sums, uintptr_t weights) {
   Call c(key, nullptr, call);
   nb::gil_scoped_release release;
-  kvbudget::mass(*kernels, c.job, threads, reinterpret_cast<const float*>(lse), reinterpret_cast<float*>(sums));
+  kvbudget::mass(*kernels, c.job, threads, reinterpret_cast<const float*>(lse), reinterpret_cast<float*>(sums),
+                 reinterpret_cast<float*>(weights));
+}
+
+void encode(uintptr_t data, int type, int64_t stride, int width, bool by_units, int bits, int group, int64_t count, int threads,
+            uintptr_t codes, uintptr_t scale, uintptr_t zero) {
+  nb::gil_scoped_release release;
+  const kvbudget::Dense x{reinterpret_cast<const uint8_t*>(data), static_cast<kvbudget::Type>(type), stride, width};
+  kvbudget::encode(*kernels, x, by_units, bits, group, count, threads,
+                   {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<uint8_t*>(scale), reinterpret_cast<uint8_t*>(zero)});
 }
 
 void mass_of_logits(const Integers& lengths, int queries, int threads, uintptr_t logits, uintptr_t lse, uintptr_t sums) {
@@ -120,6 +144,7 @@ NB_MODULE(_native, m) {
   m.def("attend", &attend);
   m.def("mass", &mass);
   m.def("mass_of_logits", &mass_of_logits);
+  m.def("encode", &encode);
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }

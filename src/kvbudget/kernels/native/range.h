@@ -1,6 +1,7 @@
 // Attention of one row's queries over a range of its entries: logits, running softmax and weighted sum, block by block.
 #pragma once
 
+#include "codebook.h"
 #include "dot.h"
 #include "weigh.h"
 
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int kTile = 32;  // entries whose rows stay in the first-level cache while all queries use them
 constexpr float kInfinity = __builtin_inff();
-
-KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 
 // Rows of an operand as the micro-kernels read them.
 struct Side {
@@ -26,6 +25,7 @@ struct Side {
   float* meta;           // conversion buffer
   float* expanded;       // [kTile][lanes] for operands without a direct form
   uint8_t* last;         // copy of the rows that would be read past the range
+  Table table;           // of codebook operands
   const uint8_t* rows[kTile + 4];
 };
 
@@ -57,7 +57,7 @@ struct Arena {
   }
 };
 
-KV_INLINE void lay_out(const Operand& x, int block, Arena& arena, Side& side) {
+KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, Side& side) {
   side.order = order_of(x);
   side.lanes = side.order.vectors * W;
   side.chunks = side.order.vectors / side.order.steps;
@@ -73,6 +73,12 @@ KV_INLINE void lay_out(const Operand& x, int block, Arena& arena, Side& side) {
   side.meta = arena.take<float>(meta);
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
   side.last = arena.take<uint8_t>(64);
+  if (x.kind != Kind::codebook) return;
+  side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
+  side.table.lanes = arena.take<float>(W * x.width);
+  side.table.means = arena.take<float>(queries);
+  side.table.shifted = arena.take<float>(queries * x.width);
+  side.table.mean = arena.take<float>(x.width);
 }
 
 // How often a weight stands in memory: once per group of channels, repeated for the lanes of its entry.
@@ -92,7 +98,7 @@ KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
   Arena arena{base, 0};
   const size_t M = job.queries;
   s.block = block_of(job);
-  lay_out(job.key, s.block, arena, s.key);
+  lay_out(job.key, job.queries, s.block, arena, s.key);
   s.query = arena.take<float>(M * job.key.width);
   s.permuted = arena.take<float>(M * s.key.lanes);
   s.scaled = arena.take<float>(M * s.key.lanes);
@@ -102,7 +108,7 @@ KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
   s.top = arena.take<float>(M);
   s.total = arena.take<float>(M);
   if (job.value.data) {
-    lay_out(job.value, s.block, arena, s.value);
+    lay_out(job.value, job.queries, s.block, arena, s.value);
     s.weights = arena.take<float>(M * copies_of(job.value) * (s.block + W));
     s.sums = arena.take<float>(M * s.value.lanes);
     s.group_sums = arena.take<float>(M * s.value.lanes);
@@ -144,7 +150,7 @@ KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, in
   if (o.codec == Codec::expand) {
     for (; count < n; ++count) {
       float* out = side.expanded + static_cast<size_t>(count) * side.lanes;
-      expand_entry(x, row, t + count, out);
+      expand_entry(x, row, t + count, out, side.meta);
       for (int i = x.width; i < side.lanes; ++i) out[i] = 0.0f;
       side.rows[count] = reinterpret_cast<const uint8_t*>(out);
     }
@@ -233,6 +239,8 @@ KV_INLINE void prepare_query(const Job& job, State& s, int row) {
         s.query_sums[m * s.key.groups + j] = total;
       }
   }
+  if (job.key.kind == Kind::codebook)
+    for (int first = 0; first < M; first += W) fill_table(job.key, row, s.query, M, first, s.key.table);
 }
 
 // Scales the queries for one group of entries of per-channel keys; its zeros become one bias per query.
@@ -277,7 +285,8 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
     repeated = to;
     scales = {repeated, (s.block + W) * repeat, side.group_of};
   }
-  for (int at = 0; at < n;) {
+  if (x.kind == Kind::codebook) table_logits(x, side.table, s.query, M, row, t, n, s.logits, stride);
+  for (int at = x.kind == Kind::codebook ? n : 0; at < n;) {
     int count = n - at < kTile ? n - at : kTile;
     const float* q = s.permuted;
     if (channel) {
@@ -351,6 +360,7 @@ KV_INLINE void block_softmax(const Job& job, State& s, int n) {
         s.total[m] *= factor;
         scale_by(s.sums + m * s.value.lanes, s.value.lanes, factor);
         scale_by(s.zero_sums + m * s.value.groups, s.value.groups, factor);
+        if (job.value.kind == Kind::codebook) shrink(job.value, s.value.table, m, factor);
       }
       s.top[m] = top;
     }
@@ -427,6 +437,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   Side& side = s.value;
   const int M = job.queries, stride = s.block + 16, entries = side.order.entries;
   const bool direct = side.order.codec != Codec::expand;
+  if (x.kind == Kind::codebook) return table_weights(x, side.table, M, row, t, n, s.logits, stride);
   const bool token = direct && x.kind == Kind::token, channel = direct && x.kind == Kind::channel;
   const int repeat = entries > 1 ? W / entries : 1;
   if (token) {
@@ -509,6 +520,7 @@ void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratc
   }
   std::memset(s.sums, 0, sizeof(float) * M * s.value.lanes);
   std::memset(s.zero_sums, 0, sizeof(float) * M * s.value.groups);
+  if (job.value.kind == Kind::codebook) clear(job.value, M, s.value.table);
   for (int64_t t = begin; t < end; t += s.block) {
     const int n = static_cast<int>(end - t < s.block ? end - t : s.block);
     block_logits(job, s, row, t, n, end);
@@ -518,6 +530,7 @@ void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratc
     block_softmax(job, s, n);
     block_values(job, s, row, t, n, end);
   }
+  if (job.value.kind == Kind::codebook) multiply_words(job.value, s.value.table, M, row, s.sums, s.value.lanes);
   finish(job, s, out, lse);
 }
 
@@ -559,10 +572,4 @@ void mass_of_logits(int queries, int64_t length, const float* logits, const floa
 }
 
 }  // namespace
-
-const Kernels& KV_TABLE() {
-  static const Kernels kernels{KV_NAME, scratch_bytes, attend, mass, mass_of_logits};
-  return kernels;
-}
-
 }  // namespace kvbudget

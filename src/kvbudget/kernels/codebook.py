@@ -1,0 +1,62 @@
+"""Entries as codes into codebooks (vector quantization), attended by look-up tables and never written out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbudget.kernels.reference import Operand
+
+
+@dataclass
+class CodebookOperand(Operand):
+    """Vector-quantized entries: in each of P groups of coupled channels the sum of one codeword per stage.
+
+    ``codebook [H, K, P, 2^b, D / P]`` float32 holds the codewords of K stages (more than one: additive or residual codes);
+    row r uses ``codebook[r % H]``, so H is the number of KV heads, or 1 where they share. Dimensions along which words are
+    shared may be expanded. ``codes [N, unit, K * P]`` uint8 or int16 name them, stage after stage; row r's units begin at
+    ``starts[r]`` (counted in units) and its first ``skip[r]`` entries are passed over, as in `ChannelQuantOperand`.
+
+    ``scale [N, unit]`` multiplies an entry; ``shift [N, unit]`` times ``mean [N, D]`` is added to it. None leaves them out.
+    Coupled quantization (arXiv 2405.03917) is K = 1 with a codebook per head and group; NSNQuant (arXiv 2505.18231) is one
+    shared codebook with ``scale``, ``shift`` and the chunk's ``mean``; additive codes over whole vectors
+    (CommVQ, arXiv 2506.18879, before its rotation) are P = 1 with K tables.
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    starts: Sequence[int]
+    skip: Sequence[int] | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def unit(self) -> int:
+        """Entries per unit."""
+        return self.codes.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Channels of an entry."""
+        return self.codebook.shape[2] * self.codebook.shape[4]
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        return self.chosen(row, torch.arange(begin, end, device=self.codes.device))
+
+    def chosen(self, row: int, index: Tensor) -> Tensor:
+        """Entries of a row by their in-row ``index [T']``, dense ``[T', D]``."""
+        words = self.codebook[row % self.codebook.shape[0]]
+        slot = index + (0 if self.skip is None else self.skip[row]) + self.starts[row] * self.unit
+        stages, groups = words.shape[:2]
+        codes = self.codes.flatten(0, 1)[slot].long().unflatten(-1, (stages, groups))
+        stage = torch.arange(stages, device=codes.device)[:, None]
+        group = torch.arange(groups, device=codes.device)
+        dense = words[stage, group, codes].float().sum(1).flatten(1)
+        if self.scale is not None:
+            dense = dense * self.scale.flatten()[slot, None].float()
+        if self.mean is not None:
+            assert self.shift is not None, "a mean is added times shift"
+            dense = dense + self.shift.flatten()[slot, None].float() * self.mean[slot // self.unit].float()
+        return dense

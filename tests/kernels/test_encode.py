@@ -1,0 +1,51 @@
+"""Native integer codes are those of the torch reference, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvbudget.kernels import encode
+
+native = pytest.importorskip("kvbudget.kernels.native", reason="the native extension was not built")
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    width=st.sampled_from([8, 24, 64, 80, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-7, 1e-4, 1.0, 3e4, 1e30]),
+    entries=st.sampled_from([0, 1, 5, 70]),
+    group=st.sampled_from([1, 3, 8, 20, 32]),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_codes_scales_and_zeros(
+    instruction_set: str, seed: int, bits: int, width: int, dtype: torch.dtype, size: float, entries: int, group: int
+) -> None:
+    """Tiny, huge, constant and offset groups; rows with a gap between them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(entries * group, width + 8, generator=generator) * torch.rand(width + 8, generator=generator)
+    x = x.mul_(size).add_(torch.randn(width + 8, generator=generator) * size)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = 0.0
+    x[: group + 1] = size
+    x = x.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)[:, :width]
+    channels = next(g for g in range(group, 0, -1) if width % g == 0)
+    cases = [(encode.encode_tokens, channels, False)]
+    if entries:
+        cases.append((encode.encode_units, group, True))
+    for reference, extent, by_units in cases:
+        got = native.encode(x, bits, extent, by_units)
+        assert got is not None
+        if not entries:
+            assert all(column.numel() == 0 for column in got)
+            continue
+        for found, expected in zip(got, reference(x, bits, extent), strict=True):
+            assert found.shape == expected.shape
+            assert torch.equal(found, expected)
+
+
+def test_what_the_extension_cannot_encode_is_left_to_the_reference() -> None:
+    assert native.encode(torch.zeros(2, 12), 4, 4, False) is None
+    assert native.encode(torch.zeros(2, 16, dtype=torch.float64), 4, 4, False) is None
+    assert native.encode(torch.zeros(2, 16), 5, 4, False) is None
