@@ -87,12 +87,18 @@ def report(
     results: Annotated[Path, typer.Argument(help="What kvbudget bench wrote.")],
     folder: Annotated[Path | None, typer.Option("--folder", "-o", help="Where to write; beside the results.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard there too.")] = None,
+    auto: Annotated[Path | None, typer.Option(help="Write the table that policy=auto reads.")] = None,
 ) -> None:
     """Write one HTML page without network needs, PNG figures and a Markdown leaderboard from bench results.
 
     [dim]$[/dim] kvbudget report results/bench.jsonl
     """
     _write(results, folder or results.with_suffix(""), markdown)
+    if auto is not None:
+        from kvbudget.eval.ranking import write_ranking
+        from kvbudget.eval.results import ResultsFile
+
+        write_ranking(ResultsFile(results).cells(), auto)
 
 
 def _write(results: Path, folder: Path, markdown: Path | None) -> None:

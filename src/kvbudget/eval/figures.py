@@ -87,7 +87,7 @@ def needle_heat_map(cells: Cells, name: str) -> Figure | None:
             for line, depth in enumerate(depths):
                 found = [e["scores"][score] for e in cell["examples"] if e["info"].get("depth") == depth]
                 grid[line, column] = np.mean(found) if found else np.nan
-        limits = (-4.0, 0.0) if score == "logprob" else (0.0, 1.0)
+        limits = (-3.5, 0.0) if score == "logprob" else (0.0, 1.0)
         image = axes.imshow(grid, vmin=limits[0], vmax=limits[1], cmap="RdYlGn", aspect="auto")
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
         axes.set_ylabel("depth", fontsize=8)
