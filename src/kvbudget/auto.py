@@ -1,8 +1,12 @@
-"""Rules that pick a policy from what is known beforehand, until measurements replace them."""
+"""policy="auto": rules for what is known beforehand, and measurements for the rest."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import math
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -14,6 +18,10 @@ from kvbudget.models import CacheGeometry, fingerprint
 
 QUANTIZED = "kivi(bits=4)"
 """What is tried before anything is evicted: KIVI's authors advise 4 bits for grouped-query models."""
+
+
+FALLBACK_SHARE = 0.25
+"""The share of the text that is assumed to fit where neither its length nor a fraction is known."""
 
 
 class Choice(NamedTuple):
@@ -38,12 +46,10 @@ def choose(
     2. Bytes that hold all of them at 4 bits: quantization, since nothing has to leave.
     3. A budget too small for an observation window: sinks and recent tokens.
     4. More tokens to be generated than there is prompt: votes of the newest tokens, which go on while decoding.
-    5. A question that is unknown when the context is compressed: context reconstruction where a plan can run
-       (``can_prefill``) and the budget is not in bytes; else retrieval heads, where they have been calibrated and half of
-       the text fits.
-    6. Otherwise votes of the newest tokens, with heads that compete.
+    5. Otherwise the policy that lost least where the same was known about the question and the nearest share of the text
+       was kept (`table`), among those that this budget and this caller can use.
 
-    In 4 and 6, what stays is quantized too, where bytes then hold more than twice as many entries.
+    In 4 and 5, what stays is quantized too, where bytes then hold more than twice as many entries.
 
     Args:
         model: the model to be served, for the bytes of an entry and for its calibrations.
@@ -69,19 +75,55 @@ def choose(
         return Choice(
             f"snapkv{codec}", f"most tokens are still to be generated{share}: votes go on while decoding{also}"
         )
-    if question_visible is False:
-        if can_prefill and budget.kind != "bytes":
-            return Choice("kvzip", f"the question is unknown when the context is compressed{share}")
-        if total is not None and room >= total / 2 and "razor_attention" in calibrated(model):
-            return Choice(
-                "razor_attention", f"the question is unknown{share}, and this model's retrieval heads are calibrated"
-            )
     known = "nothing is known about the question"
     if question_visible is not None:
-        known = "the question is visible" if question_visible else "the question is unknown and no plan can run"
+        known = "the question is visible" if question_visible else "the question is unknown"
+    kept = max(room, coded) if codec else room
+    fraction = FALLBACK_SHARE if total is None else min(1.0, kept / total)
+    if budget.kind == "fraction":
+        fraction = budget.amount
+    situation = nearest_situation(fraction, bool(question_visible))
+    for policy in situation["policies"]:
+        if _usable(model, policy + codec, budget, kept, can_prefill=can_prefill):
+            tested = f"measured best of what can run here, at {situation['share']:.0%}"
+            return Choice(policy + codec, f"{known}{share}: {tested}{also}")
     return Choice(
-        f"snapkv+adakv{codec}", f"{known}{share}: the newest tokens vote, and heads compete for entries{also}"
+        f"snapkv{codec}", f"{known}{share}: the newest tokens vote, as nothing that was measured can run here"
     )
+
+
+@cache
+def table() -> list[dict[str, Any]]:
+    """What was measured: situations with ``visible``, ``share`` and ``policies`` by name, best first.
+
+    ``kvbudget report --auto`` writes the file from the results of a bench.
+    """
+    text = resources.files("kvbudget").joinpath("auto_table.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)["situations"]
+    return found
+
+
+def nearest_situation(share: float, visible: bool) -> dict[str, Any]:
+    """The measured situation whose share of the text is nearest by ratio; a question not known to be visible is unknown."""
+    rows = [row for row in table() if row["visible"] == visible]
+    return min(rows, key=lambda row: abs(math.log(row["share"] / max(share, 1e-6))))
+
+
+def _usable(model: PreTrainedModel, policy: str, budget: Budget, room: float, *, can_prefill: bool) -> bool:
+    """Whether a measured policy can run for this caller inside this budget."""
+    try:
+        parsed = parse(policy)
+        parts = parsed.parts()
+    except PolicyError:
+        return False
+    hard = budget.kind == "bytes"
+    if "plan" in parsed.needs and not can_prefill:
+        return False
+    if (hard and parsed.prefill_peak == "full_prompt") or "driver" in parsed.needs:
+        return False
+    if "calibration" in parsed.needs and not set(parsed.names) & set(calibrated(model)):
+        return False
+    return parts.protect.sinks + parts.protect.recent < room
 
 
 def calibrated(model: PreTrainedModel) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import torch
 from kvbudget.errors import KVBudgetError
 from kvbudget.eval import runner
 from kvbudget.eval.matrix import Matrix
-from kvbudget.eval.results import ResultsFile
-from kvbudget.eval.runner import Bench, informative
+from kvbudget.eval.results import ResultsFile, informative
+from kvbudget.eval.runner import Bench
 from test_cli import tiny_tokenizer
 from tiny import VOCAB_SIZE, tiny_model
 
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_anything(folder, tmp_pat
     assert before == 8
     computed = []
     original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell: computed.append(cell) or original(self, cell))
+    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
     lines = Bench(matrix(folder), results).run()
     assert len(computed) == 6 * 3 - before
     assert scores(lines) == scores(whole)
@@ -97,7 +97,7 @@ def test_a_finished_run_computes_nothing_and_more_budgets_only_add(folder, tmp_p
     Bench(matrix(folder, budgets=("50%",)), results).run()
     computed = []
     original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell: computed.append(cell) or original(self, cell))
+    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
     Bench(matrix(folder, budgets=("50%",)), results).run()
     assert computed == []
     Bench(matrix(folder), results).run()

@@ -17,7 +17,10 @@ def bench(
         str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")
     ] = "smollm2-135m",
     policy: Annotated[
-        str, typer.Option("--policy", "-p", help="Policies, separated by commas.")
+        str,
+        typer.Option(
+            "--policy", "-p", help="Policies, separated by commas; all: every method that needs no calibration."
+        ),
     ] = "snapkv,knorm,streaming_llm",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets, separated by commas.")] = "50%,25%,10%",
     task: Annotated[
@@ -34,6 +37,7 @@ def bench(
     text: Annotated[str | None, typer.Option(help="A file or folder of texts for contexts.")] = None,
     workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget[ray]).")] = "in-process",
     report: Annotated[bool, typer.Option(help="Write the report beside the results.")] = True,
+    markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard there too.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
 ) -> None:
     """Measure policies x budgets x tasks on one model; the full cache runs first, as the yardstick.
@@ -73,25 +77,34 @@ def bench(
         notice(f"failed: {line['task']} {line['policy']} {line['budget']}: {line['error']}")
     if json:
         print_json(lines)
+    for name in ResultsFile(results).weak_tasks():
+        notice(f"not informative: the full cache itself cannot do {name}")
     if report:
-        _write(results, results.with_suffix(""))
+        _write(results, results.with_suffix(""), markdown)
 
 
 def report(
     results: Annotated[Path, typer.Argument(help="What kvbudget bench wrote.")],
     folder: Annotated[Path | None, typer.Option("--folder", "-o", help="Where to write; beside the results.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard there too.")] = None,
+    auto: Annotated[Path | None, typer.Option(help="Write the table that policy=auto reads.")] = None,
 ) -> None:
     """Write one HTML page without network needs, PNG figures and a Markdown leaderboard from bench results.
 
     [dim]$[/dim] kvbudget report results/bench.jsonl
     """
-    _write(results, folder or results.with_suffix(""))
+    _write(results, folder or results.with_suffix(""), markdown)
+    if auto is not None:
+        from kvbudget.eval.ranking import write_ranking
+        from kvbudget.eval.results import ResultsFile
+
+        write_ranking(ResultsFile(results).cells(), auto)
 
 
-def _write(results: Path, folder: Path) -> None:
+def _write(results: Path, folder: Path, markdown: Path | None) -> None:
     from kvbudget.eval.page import write_report
 
-    notice(f"report: {write_report(results, folder)}")
+    notice(f"report: {write_report(results, folder, markdown)}")
 
 
 def _split(text: str) -> tuple[str, ...]:

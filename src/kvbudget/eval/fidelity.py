@@ -82,13 +82,8 @@ def continuation_logits(
 
 
 @torch.inference_mode()
-def attention_errors(model: PreTrainedModel, full: KVCache, compressed: KVCache, continuation: Tensor) -> list[float]:
-    """Relative error ``|out - out_full| / |out_full|`` of each attention layer's output over ``continuation [1, n]``.
-
-    Every layer gets the queries that it would get with the full cache, so errors do not add up over layers. A diagnostic
-    of where a policy loses; across methods it does not order quality. Both caches must stand after the same context and
-    are left as they were.
-    """
+def attention_calls(model: PreTrainedModel, full: KVCache, continuation: Tensor) -> dict[int, AttentionCall]:
+    """What each attention layer is asked while ``continuation [1, n]`` follows a full cache, which is left as it was."""
     calls: dict[int, AttentionCall] = {}
 
     def keep(index: int, call: AttentionCall, lse: Tensor, own: Tensor) -> None:
@@ -97,6 +92,17 @@ def attention_errors(model: PreTrainedModel, full: KVCache, compressed: KVCache,
     watched = full.fork()
     watched.probing = keep
     model(continuation, past_key_values=watched, logits_to_keep=1)
+    return calls
+
+
+@torch.inference_mode()
+def attention_errors(calls: dict[int, AttentionCall], full: KVCache, compressed: KVCache) -> list[float]:
+    """Relative error ``|out - out_full| / |out_full|`` of each attention layer's output for the queries of ``calls``.
+
+    Every layer gets the queries that it would get with the full cache, so errors do not add up over layers. A diagnostic
+    of where a policy loses; across methods it does not order quality. Both caches must stand after the same context and
+    are left as they were.
+    """
     errors = []
     for index, call in calls.items():
         one, other = full.layers[index], compressed.layers[index]

@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from kvbudget.eval.leaderboard import DEPTH_SCORES, SHOWN, score_name, shown
+
 Cells = Sequence[dict[str, Any]]
 # Tableau's ten colors and four markers tell forty policies apart without a legend that has to be read twice.
 MARKERS = "osD^vP*X"
@@ -32,55 +34,93 @@ def pareto(points: Sequence[tuple[float, float]], *, higher_is_better: bool) -> 
     return front
 
 
-def quality_against_bytes(cells: Cells, task: str) -> Figure:
-    """The task's headline score over resident bytes, a line per policy, the Pareto front in gray behind."""
-    rows = [c for c in cells if c["task"] == task and not c["error"] and c["scores"]]
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    higher = rows[0]["higher_is_better"] if rows else True
-    name = rows[0]["headline"] if rows else ""
-    points = [(c["costs"]["nbytes"] / 2**20, c["scores"][c["headline"]]["mean"]) for c in rows]
+def quality_against_bytes(cells: Cells, name: str) -> Figure:
+    """The headline score of one task's cells over resident bytes, a line per policy, the Pareto front in gray behind.
+
+    Where distances from the full cache are measured, the full cache itself is left out.
+    """
+    rows = [c for c in cells if c["scores"] and (c["labeled"] or c["policy"] != "full")]
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    headline, higher = (rows[0]["headline"], rows[0]["higher_is_better"]) if rows else ("", True)
+    points = [(c["costs"]["nbytes"] / 2**20, shown(headline, c["scores"][headline]["mean"])) for c in rows]
     front = pareto(points, higher_is_better=higher)
-    axes.plot(*zip(*[points[i] for i in front], strict=True), color="0.8", linewidth=8, zorder=0, label="Pareto front")
+    if len(front) > 1:
+        axes.plot(
+            *zip(*[points[i] for i in front], strict=True), color="0.85", linewidth=9, zorder=0, label="Pareto front"
+        )
     for number, policy in enumerate(dict.fromkeys(c["policy"] for c in rows)):
         mine = sorted((c for c in rows if c["policy"] == policy), key=lambda c: c["costs"]["nbytes"])
         x = [c["costs"]["nbytes"] / 2**20 for c in mine]
-        means = [c["scores"][name]["mean"] for c in mine]
-        low = [max(0.0, m - c["scores"][name]["low"]) for m, c in zip(means, mine, strict=True)]
-        high = [max(0.0, c["scores"][name]["high"] - m) for m, c in zip(means, mine, strict=True)]
+        mean, low, high = (
+            [shown(headline, c["scores"][headline][part]) for c in mine] for part in ("mean", "low", "high")
+        )
+        below = [max(0.0, m - v) for m, v in zip(mean, low, strict=True)]
+        above = [max(0.0, v - m) for m, v in zip(mean, high, strict=True)]
         marker = MARKERS[number // 10 % len(MARKERS)]
-        axes.errorbar(x, means, yerr=[low, high], marker=marker, capsize=2, linewidth=1.2, label=policy)
+        axes.errorbar(x, mean, yerr=[below, above], marker=marker, markersize=5, capsize=2, linewidth=1.2, label=policy)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel="resident cache (MiB)", ylabel=f"{name} ({'higher' if higher else 'lower'} is better)", title=task)
-    if not higher and points and min(p[1] for p in points if p[1] > 0) > 0:
-        axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set(xlabel="resident cache (MiB)", ylabel=score_name(headline), title=name)
+    axes.set_title(f"{'higher' if higher else 'lower'} is better", loc="right", fontsize=8, color="0.4")
+    if headline in SHOWN and points:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def needle_heat_map(cells: Cells, task: str, score: str = "token_accuracy") -> Figure | None:
-    """Mean score by depth (down) and policy with budget (across); None when the task has no depths."""
-    rows = [c for c in cells if c["task"] == task and not c["error"]]
+def needle_heat_map(cells: Cells, name: str) -> Figure | None:
+    """Exact match, token accuracy and log-probability by depth (down) and policy with budget (across).
+
+    None when the task has no depths.
+    """
+    rows = [c for c in cells if c["scores"]]
     depths = sorted({e["info"]["depth"] for c in rows for e in c["examples"] if "depth" in e["info"]})
     if not depths:
         return None
-    grid = np.full((len(depths), len(rows)), np.nan)
-    for column, cell in enumerate(rows):
-        for line, depth in enumerate(depths):
-            found = [e["scores"][score] for e in cell["examples"] if e["info"].get("depth") == depth]
-            if found:
-                grid[line, column] = sum(found) / len(found)
-    figure, axes = plt.subplots(
-        figsize=(max(5.0, 0.42 * len(rows) + 2.5), 0.34 * len(depths) + 3.0), layout="constrained"
-    )
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    names = [c["policy"] if c["budget"] == "full" else f"{c['policy']} {c['budget']}" for c in rows]
-    axes.set_xticks(range(len(rows)), names, rotation=60, ha="right", fontsize=8)
-    axes.set(ylabel="depth of the needle", title=f"{task}: {score.replace('_', ' ')}")
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    size = (max(6.0, 0.36 * len(rows) + 2.5), 3 * (0.26 * len(depths) + 0.5) + 1.8)
+    figure, panels = plt.subplots(len(DEPTH_SCORES), 1, figsize=size, layout="constrained", sharex=True)
+    for axes, score in zip(panels, DEPTH_SCORES, strict=True):
+        grid = np.full((len(depths), len(rows)), np.nan)
+        for column, cell in enumerate(rows):
+            for line, depth in enumerate(depths):
+                found = [e["scores"][score] for e in cell["examples"] if e["info"].get("depth") == depth]
+                grid[line, column] = np.mean(found) if found else np.nan
+        limits = (-3.5, 0.0) if score == "logprob" else (0.0, 1.0)
+        image = axes.imshow(grid, vmin=limits[0], vmax=limits[1], cmap="RdYlGn", aspect="auto")
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+        axes.set_ylabel("depth", fontsize=8)
+        axes.set_title(score.replace("_", " "), loc="left", fontsize=9)
+        figure.colorbar(image, ax=axes, pad=0.01)
+        # A line between policies, so that the budgets of one stand together.
+        for column in range(1, len(rows)):
+            if rows[column]["policy"] != rows[column - 1]["policy"]:
+                axes.axvline(column - 0.5, color="white", linewidth=2)
+    panels[-1].set_xticks(range(len(rows)), [_named(c) for c in rows], rotation=60, ha="right", fontsize=8)
+    figure.suptitle(name, fontsize=11)
     return figure
+
+
+def layer_errors(cells: Cells, name: str) -> Figure | None:
+    """Relative error of each layer's attention output by policy with budget; None where no cell has measured it.
+
+    It shows where a policy loses, not which policy is better.
+    """
+    rows = [c for c in cells if c["layer_errors"] and c["policy"] != "full"]
+    if not rows:
+        return None
+    grid = np.array([c["layer_errors"] for c in rows], dtype=float)
+    figure, axes = plt.subplots(figsize=(8.5, 0.19 * len(rows) + 1.6), layout="constrained")
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="magma", aspect="auto")
+    axes.set_yticks(range(len(rows)), [_named(c) for c in rows], fontsize=7)
+    axes.set(xlabel="layer", title=f"{name}: relative error of the attention output (a diagnostic)")
+    figure.colorbar(image, ax=axes, pad=0.01)
+    return figure
+
+
+def _named(cell: dict[str, Any]) -> str:
+    return cell["policy"] if cell["budget"] == "full" else f"{cell['policy']} {cell['budget']}"
 
 
 def kept_entries(cell: dict[str, Any]) -> Figure:

@@ -14,7 +14,7 @@ import yaml
 from kvbudget.budget import Budget
 from kvbudget.errors import KVBudgetError, nearest
 from kvbudget.eval import tasks
-from kvbudget.methods import parse
+from kvbudget.methods import parse, registry
 from kvbudget.policy.policy import parse_terms
 
 
@@ -46,8 +46,8 @@ class Matrix:
 
     Attributes:
         model: name, folder, hub id or GGUF file.
-        policies, budgets, tasks: texts, as on the command line; a task may carry ``@visible``, which puts the question into
-            the text that is compressed (``needle(length=2048)@visible``).
+        policies, budgets, tasks: texts, as on the command line. The policy ``all`` stands for `every_policy`. A task may
+            carry ``@visible``, which puts the question into the text that is compressed (``needle(length=2048)@visible``).
         length: tokens per context, for tasks that do not name their own. count: contexts per cell. seed: of every example.
         dtype: of the model. text: a file or folder of texts for contexts (None: what is at hand).
     """
@@ -91,7 +91,7 @@ class Matrix:
                 raise KVBudgetError(f"task {task!r}: after @ only 'visible' is known")
             name = self._task(name)
             cells = [self._cell("full", "full", name, bool(mode))]
-            for policy in self.policies:
+            for policy in (p for text in self.policies for p in (every_policy() if text == "all" else [text])):
                 for budget in self._budgets(policy):
                     cell = self._cell(policy, budget, name, bool(mode))
                     if cell not in cells:
@@ -118,3 +118,14 @@ class Matrix:
         text = policy if policy == "auto" else str(parse(policy))
         limit = str(Budget.parse(None if budget == "full" else budget))
         return Cell(self.model, self.dtype, text, limit, task, visible, self.count, self.seed)
+
+
+def every_policy() -> list[str]:
+    """Methods that need nothing beforehand: no calibration, no decoder stack that is stepped layer by layer.
+
+    >>> "snapkv" in every_policy(), "full" in every_policy()
+    (True, False)
+    """
+    return [
+        name for name, kind in registry().items() if name != "full" and not {"calibration", "driver"} & {*kind.needs}
+    ]

@@ -11,6 +11,9 @@ from typing import Any
 
 from kvbudget.errors import KVBudgetError
 
+# A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
+INFORMATIVE = 0.5
+
 
 @dataclass(frozen=True)
 class ResultsFile:
@@ -42,9 +45,28 @@ class ResultsFile:
         """Appends a finished cell."""
         _append(self.path, line)
 
+    def weak_tasks(self) -> list[str]:
+        """Titles of the tasks that show nothing about a policy, because the full cache itself cannot do them."""
+        return sorted(title(c) for c in self.cells() if c["policy"] == "full" and not informative(c))
+
     def drop_journal(self) -> None:
         """Removes the journal once every cell is finished."""
         self.journal.unlink(missing_ok=True)
+
+
+def title(cell: dict[str, Any]) -> str:
+    """The task of a cell, as on the command line."""
+    return cell["task"] + ("@visible" if cell["visible"] else "")
+
+
+def informative(full: dict[str, Any]) -> bool:
+    """Whether the full cache's result leaves room to see a loss; tasks that measure distances from it always do."""
+    if not full["labeled"]:
+        return True
+    if not full["scores"]:
+        return False
+    mean = full["scores"][full["headline"]]["mean"]
+    return (mean - full["chance"]) / (1.0 - full["chance"]) >= INFORMATIVE
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -14,18 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
-from kvbudget.errors import CacheError, KVBudgetError
+from kvbudget.errors import CacheError
 from kvbudget.eval import tasks
+from kvbudget.eval.fidelity import attention_calls, attention_errors
 from kvbudget.eval.matrix import Cell, Matrix
 from kvbudget.eval.replay import Recording, record, replay
 from kvbudget.eval.results import ResultsFile
 from kvbudget.eval.stats import bootstrap
 from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, visible_form
+from kvbudget.layer import AttentionCall
 from kvbudget.models import load
 
 Progress = Callable[[int, int, str], None]
-# A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
-INFORMATIVE = 0.5
 DECODE_STEPS = 8
 
 
@@ -67,9 +67,9 @@ class Bench:
                     line = known.get((cell.key, number))
                     if line is None and cell.key not in errors:
                         try:
-                            line = {"key": cell.key, "example": number, **runs.run(cell)}
+                            line = {"key": cell.key, "example": number, **runs.run(cell, first=number == 0)}
                             self.results.add_example(line)
-                        except (KVBudgetError, RuntimeError, AssertionError, IndexError) as error:
+                        except Exception as error:  # whatever a policy does wrong, the other cells go on
                             errors[cell.key] = f"{type(error).__name__}: {error}"
                     if line is not None:
                         lines[cell.key].append(line)
@@ -96,29 +96,37 @@ class _Runs:
         self.contexts = list(self._contexts())
         self.recordings: dict[int, tuple[Recording | None, float]] = {}
         self.full: dict[tuple[int, int], Reading] = {}
+        self.calls: dict[int, AttentionCall] = {}
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Scores, costs and kept entries ``[layer][head]`` of one cell at this example, averaged over probes."""
+    def run(self, cell: Cell, *, first: bool) -> dict[str, Any]:
+        """Scores and costs of one cell at this example, averaged over probes.
+
+        The ``first`` example also gives what need not be measured often: decode speed, kept entries ``[layer][head]``, and
+        for tasks that ask for it the error of each layer's attention output.
+        """
         scores: list[dict[str, float]] = []
         costs: list[dict[str, float]] = []
-        kept: list[list[int]] = []
+        details: dict[str, Any] = {}
         for index, (context, probes) in enumerate(self.contexts):
             cache, costing = self._fill(cell, index, context)
             cache.question_visible = self.visible
             report = cache.report()
-            kept = [layer[0] for layer in report.kept]
             costing |= {
                 "nbytes": report.nbytes,
                 "peak_bytes": report.peak_bytes,
                 "full_bytes": report.full_bytes,
                 "kept_share": report.kept_entries / max(report.seen_entries, 1),
-                "decode_tokens_per_second": self._decode_speed(cache, context),
             }
+            if first and not index:
+                costing["decode_tokens_per_second"] = self._decode_speed(cache, context)
+                details["kept"] = [layer[0] for layer in report.kept]
+                if self.task.diagnose:
+                    details["layer_errors"] = self._layer_errors(cache, context, probes[0])
             costs.append(costing)
             for number, probe in enumerate(probes):
                 full = self._full(index, number, probe)
                 scores.append(self.task.ask(self.model, self.tokenizer, cache, probe, full).scores)
-        return {"scores": _mean(scores), "costs": _mean(costs), "info": dict(self.example.info), "kept": kept}
+        return {"scores": _mean(scores), "costs": _mean(costs), "info": dict(self.example.info), **details}
 
     def _contexts(self) -> Iterator[tuple[Tensor, list[Probe]]]:
         if not self.visible:
@@ -153,15 +161,25 @@ class _Runs:
     def _full(self, index: int, number: int, probe: Probe) -> Reading:
         """The full cache's reading of a probe, which distances are measured from."""
         if (index, number) not in self.full:
-            context = self.contexts[index][0]
-            recording, _ = self._recording(index, context)
-            cache = KVCache(self.model, "full")
-            if recording is None:
-                cache.prefill(self.model, context[None])
-            else:
-                replay(recording, cache)
+            cache = self._full_cache(index)
             self.full[index, number] = self.task.ask(self.model, self.tokenizer, cache, probe).reading
         return self.full[index, number]
+
+    def _full_cache(self, index: int) -> KVCache:
+        context = self.contexts[index][0]
+        recording, _ = self._recording(index, context)
+        cache = KVCache(self.model, "full")
+        if recording is None:
+            cache.prefill(self.model, context[None])
+        else:
+            replay(recording, cache)
+        return cache
+
+    def _layer_errors(self, cache: KVCache, context: Tensor, probe: Probe) -> list[float]:
+        full = self._full_cache(0)
+        if not self.calls:
+            self.calls = attention_calls(self.model, full, torch.cat([probe.question, probe.answer])[None])
+        return attention_errors(self.calls, full, cache)
 
     def _decode_speed(self, cache: KVCache, context: Tensor) -> float:
         fork = cache.fork()
@@ -174,18 +192,10 @@ class _Runs:
         return 1.0 / sorted(times)[len(times) // 2]
 
 
-def informative(full: dict[str, Any]) -> bool:
-    """Whether the full cache's result leaves room to see a loss; tasks that measure distances from it always do."""
-    if not full["labeled"]:
-        return True
-    if not full["scores"]:
-        return False
-    mean = full["scores"][full["headline"]]["mean"]
-    return (mean - full["chance"]) / (1.0 - full["chance"]) >= INFORMATIVE
-
-
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Means by name; a name may be missing from some rows."""
+    named = {name: [row[name] for row in rows if name in row] for name in rows[0]}
+    return {name: sum(values) / len(values) for name, values in named.items()}
 
 
 def _summary(cell: Cell, task: Task, lines: list[dict[str, Any]], error: str | None) -> dict[str, Any]:
@@ -203,7 +213,8 @@ def _summary(cell: Cell, task: Task, lines: list[dict[str, Any]], error: str | N
         "scores": means,
         "costs": _mean([line["costs"] for line in lines]) if lines else {},
         "examples": [{"scores": line["scores"], "info": line["info"]} for line in lines],
-        "kept": lines[0]["kept"] if lines else [],
+        "kept": lines[0].get("kept", []) if lines else [],
+        "layer_errors": lines[0].get("layer_errors", []) if lines else [],
         "error": error,
         "versions": {name: version(name) for name in ("kvbudget", "torch", "transformers")}
         | {"python": platform.python_version()},

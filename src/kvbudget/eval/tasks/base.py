@@ -75,7 +75,8 @@ class Task(ABC):
 
     ``headline`` names the score that reports lead with, and ``higher_is_better`` its direction; ``chance`` is what a
     blind guess reaches. ``labeled`` tasks have answers that are right or wrong, so a model can fail them with a full
-    cache; the others measure distances from the full cache and are informative with any model.
+    cache; the others measure distances from the full cache and are informative with any model. ``diagnose`` asks the runner
+    for the error of every layer's attention output too.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     labeled: ClassVar[bool] = True
     chance: ClassVar[float] = 0.0
+    diagnose: ClassVar[bool] = False
 
     @abstractmethod
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
@@ -125,8 +127,9 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     no generation is needed.
     """
     ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device)
-    logits = model(ids, past_key_values=cache.fork()).logits[0, -len(probe.answer) :]
-    return Reading(logits[probe.skip :].float(), probe.answer[probe.skip :].to(model.device))
+    scored = len(probe.answer) - probe.skip
+    logits = model(ids, past_key_values=cache.fork(), logits_to_keep=scored).logits[0]
+    return Reading(logits.float(), probe.answer[probe.skip :].to(model.device))
 
 
 def visible_form(example: Example, probe: Probe) -> tuple[Tensor, Probe]:

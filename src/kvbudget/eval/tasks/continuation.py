@@ -28,6 +28,7 @@ class Continuation(Task):
     headline: ClassVar[str] = "log_kl"
     higher_is_better: ClassVar[bool] = False
     labeled: ClassVar[bool] = False
+    diagnose: ClassVar[bool] = True
 
     length: int = 1024
     tokens: int = 64

@@ -1,0 +1,73 @@
+"""The ranking that ``policy="auto"`` reads: which policy lost least, by what the question showed and what share was kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvbudget.budget import Budget
+from kvbudget.eval.leaderboard import commands, excess
+from kvbudget.eval.results import informative, title
+from kvbudget.eval.stats import bootstrap
+
+Cells = Sequence[dict[str, Any]]
+
+
+def utility(cell: dict[str, Any], scores: dict[str, float]) -> float:
+    """What one context's ``scores`` are worth, 1 at best: the score above chance, or ``exp(-KL)`` where KL is measured."""
+    if cell["headline"] == "log_kl":
+        return math.exp(-math.exp(scores["log_kl"]))
+    return (scores[cell["headline"]] - cell["chance"]) / (1.0 - cell["chance"])
+
+
+def ranking(cells: Cells) -> dict[str, Any]:
+    """The table of `kvbudget.auto` as plain data, from the cells of a results file.
+
+    One situation per fraction of the text and whether the question was visible. ``utility`` is the mean over the
+    informative tasks and their contexts; ``behind`` is the 95% interval of how much more the situation's best policy reached
+    on the same contexts. Policies that lack a task, or hold more than the budget, are left out.
+    """
+    fulls = {title(c): c for c in cells if c["policy"] == "full"}
+    useful = [c for c in cells if title(c) in fulls and informative(fulls[title(c)])]
+    situations = []
+    for visible in (False, True):
+        tasks = {title(c) for c in useful if c["visible"] == visible and c["policy"] != "full"}
+        budgets = {c["budget"]: Budget.parse(c["budget"]) for c in useful if c["budget"] != "full"}
+        fractions = {text: budget.amount for text, budget in budgets.items() if budget.kind == "fraction"}
+        for text, share in sorted(fractions.items(), key=lambda item: -item[1]):
+            policies = _policies([c for c in useful if c["budget"] == text and c["visible"] == visible], tasks)
+            if policies:
+                situations.append({"visible": visible, "share": share, "policies": policies})
+    return {"model": cells[0]["model"], "commands": commands(cells).split("\n"), "situations": situations}
+
+
+def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
+    """Utilities by policy, best first."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        if not cell["error"] and not excess(cell):
+            values = [utility(cell, example["scores"]) for example in cell["examples"]]
+            found.setdefault(cell["policy"], {})[title(cell)] = values
+    # Contexts of the same number are averaged over tasks, so that every task weighs the same.
+    rows = {
+        policy: [sum(values) / len(values) for values in zip(*by_task.values(), strict=False)]
+        for policy, by_task in found.items()
+        if set(by_task) == tasks
+    }
+    ranked = sorted(rows, key=lambda policy: -sum(rows[policy]) / len(rows[policy]))
+    table = {}
+    for policy in ranked:
+        behind = bootstrap([best - own for best, own in zip(rows[ranked[0]], rows[policy], strict=True)])
+        mean = sum(rows[policy]) / len(rows[policy])
+        table[policy] = {"utility": round(mean, 4), "behind": [round(behind.low, 4), round(behind.high, 4)]}
+    return table
+
+
+def write_ranking(cells: Cells, path: Path) -> None:
+    """Writes the table as JSON, a situation per line."""
+    table = ranking(cells)
+    rows = ",\n  ".join(json.dumps(row) for row in table.pop("situations"))
+    path.write_text(f'{json.dumps(table)[:-1]},\n "situations": [\n  {rows}\n]}}\n', encoding="utf-8")
