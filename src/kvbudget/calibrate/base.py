@@ -49,8 +49,11 @@ class TextCalibration(ABC):
         """What the method needs to know about this model, as named tensors, from the state after the last text."""
 
 
-def watch(model: PreTrainedModel, ids: Tensor, look: Look) -> None:
-    """One forward of ``ids [1, T]`` in which ``look(layer, call, lse)`` sees every layer that a budget governs."""
+def watch(model: PreTrainedModel, ids: Tensor, look: Look, logits: int = 0) -> Tensor | None:
+    """One forward of ``ids [1, T]`` in which ``look(layer, call, lse)`` sees every layer that a budget governs.
+
+    Returns the logits ``[logits, V]`` of as many last tokens, None for 0.
+    """
     cache = KVCache(model, "full")
     governed = {layer.layer_idx for layer in cache.enforcer.layers}
 
@@ -60,4 +63,7 @@ def watch(model: PreTrainedModel, ids: Tensor, look: Look) -> None:
 
     cache.probing = seen
     with torch.inference_mode():
-        model.base_model(ids, past_key_values=cache, use_cache=True)
+        if not logits:
+            model.base_model(ids, past_key_values=cache, use_cache=True)
+            return None
+        return model(ids, past_key_values=cache, use_cache=True).logits[0, -logits:]
