@@ -61,6 +61,7 @@ def budgeted_layer(
         make_segment=segment_maker(parts),
         states=(*scorer_states, *extra),
         rotation=rotation,
+        selector=parts.selector,
     )
     layer.page = parts.granularity.size
     layer.hard = budget.kind == "bytes"

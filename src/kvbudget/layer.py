@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvbudget.kernels import flash
 from kvbudget.kernels.reference import Partial, merge
+from kvbudget.segments import selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.ragged import ranges
@@ -55,6 +56,7 @@ class LayerCache:
     belong to the text like its ids and are not counted. ``seen[b]`` counts the tokens of sequence b that passed through,
     ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
     the layer's own sliding window: entries outside of it are dropped after every forward.
+    A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything).
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -67,6 +69,7 @@ class LayerCache:
         states: Sequence[str] = (),
         window: int | None = None,
         rotation: RotatesKeys | None = None,
+        selector: selective.Selects | None = None,
     ) -> None:
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads
@@ -74,6 +77,7 @@ class LayerCache:
         self.states = tuple(states)
         self.window = window
         self.rotation = rotation
+        self.selector = selector
         self.main: list[Segment] = []
         self.front: list[Segment] = []
         self.statistics: dict[str, Tensor] = {}
@@ -122,6 +126,8 @@ class LayerCache:
 
         Returns ``out [B, Hq, n, Dv]`` in the query's dtype and ``lse [B, Hq, n]`` float32.
         """
+        if self.selector is not None and (self.selector.prefill or call.query.shape[2] <= FEW_TOKENS):
+            return self._selected(call, self.selector)
         few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
         if few:
             self.append(call.key, call.value, None)
@@ -129,6 +135,20 @@ class LayerCache:
         out, lse, _ = self.probe(call)
         self.append(call.key, call.value, call.valid)
         return out, lse
+
+    def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor]:
+        """Stores the new tokens and lets a selector say what the queries read."""
+        seen = torch.tensor(self.seen or [0] * call.query.shape[0], device=call.query.device)[:, None]
+        if call.valid is None:
+            steps = seen + torch.arange(call.query.shape[2], device=seen.device)
+        else:
+            steps = seen + call.valid.long().cumsum(1) - 1
+        self.append(call.key, call.value, call.valid)
+        out, lse = selective.attend(
+            selector, self.layer_idx, self.segments, call.query, steps,
+            scale=call.scale, softcap=call.softcap, sink=call.sink,
+        )  # fmt: skip
+        return out.to(call.query.dtype), lse
 
     def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`, but leaves the new tokens out of the cache; also returns what held entries do not add to the lse."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
     from kvbudget.policy.view import View
+    from kvbudget.segments.selective import Chosen, Reading
 
 Span = tuple[int, int]
 CHOSEN = 1e6
@@ -25,6 +26,7 @@ Role = Literal[
     "heads",
     "refinement",
     "threshold",
+    "selector",
     "granularity",
     "stages",
     "destination",
@@ -150,6 +152,20 @@ class Refinement(Part, ABC):
     @abstractmethod
     def refine(self, view: View, scores: Tensor, protected: Tensor, counts: Tensor) -> Tensor:
         """New scores ``[B, Hkv, T]``, of which the best ``counts [B, Hkv]`` of each row are kept, protected ones first."""
+
+
+@dataclass(frozen=True)
+class Selector(Part, ABC):
+    """What a query reads of the entries that are held, and with what weights; nothing leaves the cache by it.
+
+    ``prefill`` says that it acts on forwards of many tokens too.
+    """
+
+    prefill: ClassVar[bool] = True
+
+    @abstractmethod
+    def select(self, reading: Reading) -> Chosen:
+        """Weights of the values, and of their mean as a compensation for what is not read."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +313,7 @@ class Parts:
     heads: HeadAllocator | None = None
     refinement: Refinement | None = None
     threshold: float | None = None
+    selector: Selector | None = None
     granularity: Granularity = Granularity()
     stages: Stages | None = None
     destination: Destination | None = None

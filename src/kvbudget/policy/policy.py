@@ -99,6 +99,11 @@ class Policy:
             )
         if "stages" in filled and "scorer" in filled:
             filled["scorer"] = Staged(filled["scorer"], filled["stages"].answer)
+        if "selector" in filled and filled.get("position_mode") == "cache":
+            raise PolicyError(
+                f"{by['selector']} reads entries by their logits, which {by['position_mode']} shifts with positions inside the "
+                'cache; use positions="original"'
+            )
         return Parts(**filled, protect=protect)
 
     def to_yaml(self, path: str | Path) -> None:

@@ -1,0 +1,113 @@
+"""Attention in which a policy says what each query reads of the entries held, and with what weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvbudget.segments.base import Segment
+
+BLOCK = 2**22
+"""Logits that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a selector sees of one attention call: n queries of B sequences and the T cells of each KV head.
+
+    ``logits [B, Hkv, G, n, T]`` float32, -inf where a query may not look; ``lse [B, Hkv, G, n]`` is their log-sum-exp over all
+    entries (a sink logit of the model included), against which weights after the softmax are taken. ``query [B, Hkv, G, n, D]``
+    and ``keys [B, Hkv, T, D]`` in float32; ``visible [B, Hkv, n, T]`` bool; ``layer_idx`` of the model.
+    """
+
+    layer_idx: int
+    query: Tensor
+    keys: Tensor
+    logits: Tensor
+    lse: Tensor
+    visible: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The weights of full attention ``[B, Hkv, G, n, T]``."""
+        return torch.exp(self.logits - self.lse.nan_to_num(neginf=0.0)[..., None])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """``weights [B, Hkv, G, n, T]`` of the values, 0 where they are not read; ``mean_weight [B, Hkv, G, n]`` is the weight of
+    the mean of all values that the query may look at (None: 0)."""
+
+    weights: Tensor
+    mean_weight: Tensor | None = None
+
+
+class Selects(Protocol):
+    """What the data path needs of a selector."""
+
+    @property
+    def prefill(self) -> bool:
+        """Whether forwards of many tokens are selected too."""
+
+    def select(self, reading: Reading) -> Chosen:
+        """What the queries read."""
+
+
+def attend(
+    selector: Selects,
+    layer_idx: int,
+    segments: Sequence[Segment],
+    query: Tensor,
+    steps: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [B, Hq, n, D]`` at positions ``steps [B, n]`` over segments that hold the new entries too.
+
+    Returns ``out [B, Hq, n, Dv]`` float32 and the log-sum-exp over everything ``[B, Hq, n]``.
+    """
+    batch, query_heads = query.shape[:2]
+    held = [segment for segment in segments if segment.longest]
+
+    def joined(columns: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(columns), dim=1).unflatten(0, (batch, -1))
+
+    keys = joined([segment.keys() for segment in held]).float()
+    values = joined([segment.values() for segment in held]).float()
+    positions = joined([segment.positions() for segment in held])
+    log_count = None
+    if any("count" in segment.meta.columns for segment in held):
+        counts = [
+            s.meta.padded("count") if "count" in s.meta.columns else torch.ones_like(s.positions(), dtype=torch.float32)
+            for s in held
+        ]
+        log_count = joined(counts).clamp_min(1e-30).log()[:, :, None, None]
+    grouped = query.unflatten(1, (keys.shape[1], -1)).float()
+    size = max(1, BLOCK // (batch * query_heads * keys.shape[2]))
+    outs, sums = [], []
+    for begin in range(0, steps.shape[1], size):
+        at = slice(begin, begin + size)
+        logits = torch.einsum("bhgnd,bhtd->bhgnt", grouped[:, :, :, at], keys) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if log_count is not None:
+            logits = logits + log_count
+        visible = (positions[:, :, None] <= steps[:, None, at, None]) & (positions >= 0)[:, :, None]
+        logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
+        lse = torch.logsumexp(logits, dim=-1)
+        if sink is not None:
+            lse = torch.logaddexp(lse, sink.float().view(1, keys.shape[1], -1, 1))
+        chosen = selector.select(Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible))
+        out = torch.einsum("bhgnt,bhtd->bhgnd", chosen.weights, values)
+        if chosen.mean_weight is not None:
+            share = visible.float() / visible.sum(-1, keepdim=True).clamp_min(1)
+            out = out + chosen.mean_weight[..., None] * (share @ values)[:, :, None]
+        outs.append(out)
+        sums.append(lse)
+    return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(sums, dim=3).flatten(1, 2)
