@@ -126,8 +126,8 @@ class LayerCache:
 
         Returns ``out [B, Hq, n, Dv]`` in the query's dtype and ``lse [B, Hq, n]`` float32.
         """
-        if self.selector is not None and (self.selector.prefill or call.query.shape[2] <= FEW_TOKENS):
-            return self._selected(call, self.selector)
+        if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
+            return selected
         few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
         if few:
             self.append(call.key, call.value, None)
@@ -136,8 +136,14 @@ class LayerCache:
         self.append(call.key, call.value, call.valid)
         return out, lse
 
-    def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor]:
-        """Stores the new tokens and lets a selector say what the queries read."""
+    def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
+        """As `forward`, but a selector says what the queries read; None where all of them read everything."""
+        whole = None
+        if not selector.prefill:
+            new = call.query.shape[2] if call.valid is None else call.valid.sum(1)
+            whole = torch.as_tensor(new, device=call.query.device).expand(call.query.shape[0]) > FEW_TOKENS
+            if bool(whole.all()):
+                return None
         seen = torch.tensor(self.seen or [0] * call.query.shape[0], device=call.query.device)[:, None]
         if call.valid is None:
             steps = seen + torch.arange(call.query.shape[2], device=seen.device)
@@ -146,7 +152,7 @@ class LayerCache:
         self.append(call.key, call.value, call.valid)
         out, lse = selective.attend(
             selector, self.layer_idx, self.segments, call.query, steps,
-            scale=call.scale, softcap=call.softcap, sink=call.sink,
+            scale=call.scale, softcap=call.softcap, sink=call.sink, whole=whole,
         )  # fmt: skip
         return out.to(call.query.dtype), lse
 

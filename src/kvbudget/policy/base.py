@@ -158,7 +158,7 @@ class Refinement(Part, ABC):
 class Selector(Part, ABC):
     """What a query reads of the entries that are held, and with what weights; nothing leaves the cache by it.
 
-    ``prefill`` says that it acts on forwards of many tokens too.
+    ``prefill`` says that it acts where a forward brings many tokens, too.
     """
 
     prefill: ClassVar[bool] = True

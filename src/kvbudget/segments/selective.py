@@ -51,7 +51,7 @@ class Selects(Protocol):
 
     @property
     def prefill(self) -> bool:
-        """Whether forwards of many tokens are selected too."""
+        """Whether sequences to which a forward brings many tokens are selected too."""
 
     def select(self, reading: Reading) -> Chosen:
         """What the queries read."""
@@ -67,10 +67,12 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query [B, Hq, n, D]`` at positions ``steps [B, n]`` over segments that hold the new entries too.
 
-    Returns ``out [B, Hq, n, Dv]`` float32 and the log-sum-exp over everything ``[B, Hq, n]``.
+    Sequences where ``whole [B]`` is set read everything. Returns ``out [B, Hq, n, Dv]`` float32 and the log-sum-exp over
+    everything ``[B, Hq, n]``.
     """
     batch, query_heads = query.shape[:2]
     held = [segment for segment in segments if segment.longest]
@@ -103,11 +105,16 @@ def attend(
         lse = torch.logsumexp(logits, dim=-1)
         if sink is not None:
             lse = torch.logaddexp(lse, sink.float().view(1, keys.shape[1], -1, 1))
-        chosen = selector.select(Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible))
-        out = torch.einsum("bhgnt,bhtd->bhgnd", chosen.weights, values)
-        if chosen.mean_weight is not None:
+        reading = Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible)
+        chosen = selector.select(reading)
+        weights, mean_weight = chosen.weights, chosen.mean_weight
+        if whole is not None:
+            weights = torch.where(whole[:, None, None, None, None], reading.probabilities, weights)
+            mean_weight = None if mean_weight is None else mean_weight.masked_fill(whole[:, None, None, None], 0.0)
+        out = torch.einsum("bhgnt,bhtd->bhgnd", weights, values)
+        if mean_weight is not None:
             share = visible.float() / visible.sum(-1, keepdim=True).clamp_min(1)
-            out = out + chosen.mean_weight[..., None] * (share @ values)[:, :, None]
+            out = out + mean_weight[..., None] * (share @ values)[:, :, None]
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(sums, dim=3).flatten(1, 2)
