@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from kvbudget.cli import catalog
 from kvbudget.cli.shell import print_json, stdout
-from kvbudget.errors import PolicyError, nearest
+from kvbudget.errors import KVBudgetError, PolicyError, nearest
 from kvbudget.methods import registry
 from kvbudget.policy.base import Recipe
 
@@ -24,15 +26,25 @@ _PARAMETER = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method to explain.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the list as a Markdown page.")] = False,
+    results: Annotated[
+        Path | None, typer.Option("--results", help="Results of kvbudget bench for the page's divergences.")
+    ] = None,
 ) -> None:
     """List the methods, or explain one: what it does, its paper, its parameters and how to call it.
 
     [dim]$[/dim] kvbudget methods
 
     [dim]$[/dim] kvbudget methods snapkv
+
+    [dim]$[/dim] kvbudget methods --markdown > docs/methods.md
     """
+    if (results is not None and not markdown) or (markdown and (name is not None or json)):
+        raise KVBudgetError("--markdown prints the whole list, alone or with --results; leave out the name and --json")
     if name is None:
-        if json:
+        if markdown:
+            print(catalog.markdown([describe(kind) for kind in registry().values()], results), end="")
+        elif json:
             print_json([describe(kind) for kind in registry().values()])
         else:
             _table()
