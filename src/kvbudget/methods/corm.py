@@ -52,7 +52,7 @@ class Corm(Recipe):
 
     Attributes:
         window: queries that vote (paper: 256).
-        recent: newest entries that always stay (paper: 256).
+        recent: newest entries that always stay (paper: 256; 0: as many as the window).
         strength: the vote's threshold is this over t (paper: 1; 0 never drops anything).
         every: decode steps between two evictions (paper: 1).
     """
@@ -65,7 +65,7 @@ class Corm(Recipe):
     lossless_when_fits = False
 
     window: int = 256
-    recent: int = 256
+    recent: int = 0
     strength: float = 1.0
     every: int = 16
 
@@ -78,6 +78,6 @@ class Corm(Recipe):
             "scorer": LastImportant(self.window, self.strength),
             "heads": ByDemand(),
             "threshold": 0.0,
-            "protect": Protect(recent=self.recent),
+            "protect": Protect(recent=self.recent or self.window),
             "trigger": Trigger(every=self.every),
         }

@@ -7,6 +7,9 @@ from kvbudget.errors import PolicyError
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.scorers.expected import ExpectedAttention
 
+MOST_POSITIONS = 2**16
+"""Positions whose rotations are averaged at most: their angles are held at once."""
+
 
 @dataclass(frozen=True)
 class ExpectedAttentionRecipe(Recipe):
@@ -44,8 +47,8 @@ class ExpectedAttentionRecipe(Recipe):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.future < 1:
-            raise PolicyError(f"{self.name}: future={self.future} must be at least 1 position")
+        if not 1 <= self.future <= MOST_POSITIONS:
+            raise PolicyError(f"{self.name}: future={self.future} must be from 1 to {MOST_POSITIONS} positions")
 
     def parts(self) -> dict[str, Any]:
         scorer = ExpectedAttention(self.sinks, self.future, self.covariance, self.value_norm, self.epsilon)

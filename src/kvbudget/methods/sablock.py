@@ -101,11 +101,12 @@ def _best_blocks(score: Tensor, where: Tensor, inside: Tensor, quota: Tensor, wi
 class SABlock(Recipe):
     """Evicts in blocks inside of phrases, over any scorer (SnapKV where none is named).
 
-    After: Chen et al., arXiv 2510.22556, 2025. The steps are the paper's (segments at punctuation, scores guided by their
-    segments, the largest block size per segment that keeps enough of the score); the formulas of the segment's importance
-    and the candidates of the sizes are not verified, so this is in SABlock's style. What whole blocks leave of the budget
-    goes to the best single entries. Claim: 99.9% of needles with 96 entries, 9.5x faster decoding at 128k. Delimiters are
-    known where `KVCache.prefill` gets a tokenizer (``kvbudget run`` does that); otherwise the text is one segment.
+    Paper: Chen et al., arXiv 2510.22556, 2025, without code. The steps are the paper's (segments at punctuation, scores
+    guided by their segments, the largest block size per segment that keeps enough of the score); the formulas of the
+    segment's importance and the candidates of the sizes are not verified, so this is in SABlock's style. What whole blocks
+    leave of the budget goes to the best single entries. Claim: 99.9% of needles with 96 entries, 9.5x faster decoding at
+    128k. Delimiters are known where `KVCache.prefill` gets a tokenizer (``kvbudget run`` does that); otherwise the text is
+    one segment.
 
     Attributes:
         block: largest block, a power of two (paper: unverified).
