@@ -38,13 +38,17 @@ class RecentQueries(Scorer):
         if held is None:
             held = torch.zeros_like(fresh[:, :, :, :1]).expand(-1, -1, -1, self.window, -1)
         joined = torch.cat([held, fresh], dim=3)
-        present = torch.ones(joined.shape[0], joined.shape[3], dtype=torch.bool, device=joined.device)
-        present[:, self.window :] = lse[:, 0] < float("inf")
-        order = torch.argsort(present.int(), dim=1, stable=True)[:, -self.window :]
-        index = order[:, None, None, :, None].expand(*joined.shape[:3], -1, joined.shape[-1])
-        view.set_statistic("queries", joined.gather(3, index))
-        cap = view.queries.softcap or 0.0
-        view.set_statistic("softcap", torch.full(joined.shape[:2], cap, device=joined.device))
+        if view.queries.valid is None:
+            newest = joined[:, :, :, -self.window :].clone()
+        else:
+            present = torch.ones(joined.shape[0], joined.shape[3], dtype=torch.bool, device=joined.device)
+            present[:, self.window :] = lse[:, 0] < float("inf")
+            order = torch.argsort(present.int(), dim=1, stable=True)[:, -self.window :]
+            newest = joined.gather(3, order[:, None, None, :, None].expand(*joined.shape[:3], -1, joined.shape[-1]))
+        view.set_statistic("queries", newest)
+        if view.statistic("softcap") is None:
+            cap = view.queries.softcap or 0.0
+            view.set_statistic("softcap", torch.full(joined.shape[:2], cap, device=joined.device))
 
     def score(self, view: View) -> Tensor:
         queries, cap = view.statistic("queries"), view.statistic("softcap")
