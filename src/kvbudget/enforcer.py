@@ -81,6 +81,8 @@ class Enforcer(Shares):
         """Brings all layers back to their shares, after a forward of ``new_tokens[b]`` tokens (None: without slack)."""
         allocator = self.parts.layers
         if allocator is not None and allocator.joint and not self._rank(allocator):
+            if self.budget.kind == "bytes":
+                self._level_room()
             return
         for layer in self.layers:
             self.settle(layer, View(layer), new_tokens)
@@ -113,6 +115,15 @@ class Enforcer(Shares):
         """Entries of a layer that sequence b may have memory for: its limit, or as long as the whole text fits, its share."""
         mean = self._mean(b)
         return limit if self._grows or mean < self.layers[0].seen[b] else max(limit, int(mean) * heads)
+
+    def _level_room(self) -> None:
+        """Gives all layers the same part of what is left, where shares are those of an earlier ranking."""
+        held = [[sum(rows) for rows in layer.evictable()] for layer in self.layers]
+        heads = sum(layer.num_kv_heads for layer in self.layers)
+        batch = range(self._batch_size())
+        left = [int(self._mean(b) * heads) - sum(rows[b] for rows in held) for b in batch]
+        for layer, rows in zip(self.layers, held, strict=True):
+            layer.set_capacity([rows[b] + left[b] * layer.num_kv_heads // heads for b in batch])
 
     def _target(self, layer: LayerCache, b: int, limit: int, new_tokens: int) -> int:
         """Entries to evict down to: the limit, less those that come until the next eviction."""

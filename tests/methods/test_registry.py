@@ -29,6 +29,7 @@ SMALL = {
     "fair": "fair(cuts=(30,), window=32)",
     "full": "full",
     "scope": "snapkv(window=16)+scope(recent=16)",
+    "morphkv": "morphkv(window=16)",
     "windowkv": "windowkv(window=16, group=2)",
 }
 ELSEWHERE = {"plan", "calibration", "driver"}

@@ -32,10 +32,7 @@ def registry() -> dict[str, type[Calibration | TextCalibration]]:
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    kinds: list[type[Calibration | TextCalibration]] = [
-        *Calibration.__subclasses__(),
-        *TextCalibration.__subclasses__(),
-    ]
+    kinds = [kind for base in (Calibration, TextCalibration) for kind in _subclasses(base) if hasattr(kind, "method")]
     return {kind.method: kind for kind in sorted(kinds, key=lambda kind: kind.method)}
 
 
@@ -105,6 +102,13 @@ def calibrate(
     Artifact(method, mark, calibration.finish(model, state), record).save(target)
     unfinished.unlink(missing_ok=True)
     return target
+
+
+def _subclasses(kind: Any) -> list[Any]:
+    found = []
+    for child in kind.__subclasses__():
+        found += [child, *_subclasses(child)]
+    return found
 
 
 def _digest(texts: Sequence[Tensor]) -> str:

@@ -1,0 +1,210 @@
+"""Gates fitted to what a model attends to when it repeats or continues texts, by forward passes alone."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, smooth_l1_loss
+from transformers import PreTrainedModel
+
+from kvbudget.cache import KVCache
+from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.layer import AttentionCall
+from kvbudget.models import CacheGeometry, rotations_of
+from kvbudget.policy.gates import Gate, LinearGate, RetainingGate, SinkGate, projections
+from kvbudget.policy.view import View
+
+LEAST = 1e-6
+"""Attention below this counts as this much where its logarithm is taken."""
+ROWS = 256
+"""Queries whose weights are held at a time."""
+
+
+@dataclass(frozen=True)
+class GateCalibration(TextCalibration):
+    """A gate trained by Adam on one text after the other; moments and weights are kept between them.
+
+    The artifact holds the weights of the gate, stacked over all layers of the model (those that no budget governs stay
+    untrained).
+
+    Attributes:
+        count: number of texts.
+        length: tokens of each.
+        steps: of the optimizer on each text.
+        batch: tokens of a text in each step.
+        rate: learning rate.
+        seed: of the untrained weights and the batches.
+    """
+
+    steps: int = 30
+    batch: int = 256
+    rate: float = 3e-3
+    seed: int = 0
+
+    @abstractmethod
+    def gate(self) -> Gate:
+        """The gate that is trained."""
+
+    @abstractmethod
+    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
+        """What the first n tokens' scores should be, ``[l, n, Hkv]`` for the layers of ``calls`` (call and its lse) in order."""
+
+    @abstractmethod
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """The error of ``scores [l, n, Hkv]``, a mean over everything but layers and heads."""
+
+    def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, y, index = examples(self, model, ids)
+        state = dict(state) or self.start(model)
+        number = int(state["number"])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        names = [name.removeprefix("weight.") for name in state if name.startswith("weight.")]
+        with torch.enable_grad():
+            for _ in range(self.steps):
+                number += 1
+                weights = {name: state[f"weight.{name}"][index].requires_grad_() for name in names}
+                begin = int(torch.randint(max(1, y.shape[1] - self.batch + 1), (), generator=generator))
+                at = slice(begin, begin + self.batch)
+                self.loss(self.gate().score(x[:, at], weights), y[:, at]).backward()
+                for name, weight in weights.items():
+                    assert weight.grad is not None
+                    one, two = (state[f"{moment}.{name}"] for moment in ("first", "second"))
+                    one[index] = 0.9 * one[index] + 0.1 * weight.grad
+                    two[index] = 0.999 * two[index] + 0.001 * weight.grad**2
+                    slope = (one[index] / (1 - 0.9**number)) / ((two[index] / (1 - 0.999**number)).sqrt() + 1e-8)
+                    state[f"weight.{name}"][index] = weight.detach() - self.rate * slope
+        state["number"] = torch.tensor([number])
+        return state
+
+    def start(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Untrained weights and empty moments."""
+        geometry = CacheGeometry.from_config(model.config)
+        shape = geometry.layers[geometry.budgeted_layers[0]]
+        width = shape.num_attention_heads * shape.key_head_dim
+        width += shape.num_kv_heads * (shape.key_head_dim + shape.value_head_dim)
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = [self.gate().start(width, shape.num_kv_heads, shape.group_size, generator) for _ in geometry.layers]
+        weights = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        state = {f"weight.{name}": tensor for name, tensor in weights.items()}
+        for moment in ("first", "second"):
+            state |= {f"{moment}.{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
+        return state | {"number": torch.zeros(1, dtype=torch.long)}
+
+    def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("weight."): x for name, x in state.items() if name.startswith("weight.")}
+
+
+def examples(calibration: GateCalibration, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features ``[l, n, F]`` and targets ``[l, n, Hkv]`` of one text ``ids [1, T]``, and which layers of the model they are."""
+    calls: dict[int, tuple[AttentionCall, Tensor]] = {}
+    watch(model, ids, lambda index, call, lse: calls.update({index: (call, lse)}))
+    rotations, steps = rotations_of(model), torch.arange(ids.shape[1], device=ids.device)[None]
+    with torch.no_grad():
+        y = calibration.targets(model, ids, calls).float().cpu()
+        found = []
+        for index, (call, _) in calls.items():
+            rotation = rotations[index]
+            assert rotation is not None
+            found.append(projections(call.query, call.key, call.value, steps, rotation)[0, : y.shape[1]])
+        x = torch.stack(found).float().cpu()
+    return x.clone(), y.clone(), torch.tensor(list(calls))
+
+
+@dataclass(frozen=True)
+class FastKVzipGate(GateCalibration):
+    """The gate learns KVzip's scores by binary cross-entropy (Fast KVzip, arXiv 2601.17668, section 3).
+
+    The paper takes 29 texts of 10k tokens and 5000 steps of SGD.
+
+    Attributes:
+        dim: elements of the gate's queries and keys.
+        sinks: learned keys per KV head.
+    """
+
+    method: ClassVar[str] = "fast_kvzip"
+
+    dim: int = 16
+    sinks: int = 16
+
+    def gate(self) -> Gate:
+        return SinkGate(self.dim, self.sinks)
+
+    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
+        return kvzip_scores(model, ids)
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return binary_cross_entropy(scores.clamp(LEAST, 1 - LEAST), targets.clamp(0, 1), reduction="none").mean(1).sum()
+
+
+@dataclass(frozen=True)
+class KVzapGate(GateCalibration):
+    """The gate learns the logarithm of KVzip's scores by squared error (KVzap, arXiv 2601.07891, section 3).
+
+    The paper's target weighs the attention by the norm of the value's share of the output; this is the attention alone.
+    """
+
+    method: ClassVar[str] = "kvzap"
+
+    def gate(self) -> Gate:
+        return LinearGate()
+
+    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
+        return kvzip_scores(model, ids).clamp_min(LEAST).log()
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return (scores - targets).square().mean(1).sum()
+
+
+@dataclass(frozen=True)
+class LocretGate(GateCalibration):
+    """The gate learns the highest attention that a token gets from what follows (Locret, arXiv 2410.01805, section 3.2).
+
+    The paper's texts are prompts with answers; here the last ``answer`` share of a text follows the rest. The error is a
+    smooth L1 one, plus ``smooth`` times the squared difference between neighbors' scores.
+
+    Attributes:
+        hidden: width of the gate (paper: 1024).
+        answer: share of the text whose queries judge the rest.
+        smooth: weight of the second error (paper: 0.0025).
+    """
+
+    method: ClassVar[str] = "locret"
+
+    hidden: int = 128
+    answer: float = 0.25
+    smooth: float = 0.0025
+
+    def gate(self) -> Gate:
+        return RetainingGate(self.hidden)
+
+    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
+        cut = ids.shape[1] - max(1, int(ids.shape[1] * self.answer))
+        return torch.stack([_highest(call, lse, cut) for call, lse in calls.values()])
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        error = smooth_l1_loss(scores, targets, reduction="none").mean(1).sum()
+        return error + self.smooth * (scores[:, 1:] - scores[:, :-1]).square().mean(1).sum()
+
+
+def kvzip_scores(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """KVzip's scores of a text ``ids [1, T]``: ``[l, T, Hkv]`` over the layers that a budget governs."""
+    cache = KVCache(model, "kvzip(sinks=0)")
+    cache.prefill(model, ids)
+    return torch.stack([View(layer).state("score")[0].T for layer in cache.enforcer.layers])
+
+
+def _highest(call: AttentionCall, lse: Tensor, cut: int) -> Tensor:
+    """Highest weight of each token before ``cut`` from any query from there on, over the GQA group: ``[cut, Hkv]``."""
+    heads = call.key.shape[1]
+    key = call.key[0, :, :cut].float()
+    best = torch.zeros(heads, cut, device=key.device)
+    for begin in range(cut, call.query.shape[2], ROWS):
+        query = call.query[0, :, begin : begin + ROWS].float().unflatten(0, (heads, -1))
+        logits = torch.einsum("hgnd,htd->hgnt", query, key) * call.scale
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        weights = (logits - lse[0, :, begin : begin + ROWS].unflatten(0, (heads, -1))[..., None]).exp()
+        best = torch.maximum(best, weights.amax((1, 2)))
+    return best.T

@@ -1,0 +1,165 @@
+"""Trained gates: what they compute, that training helps, and that scores do not depend on how a text is cut."""
+
+import pytest
+import torch
+from brute import kept_positions
+from torch.nn.functional import rms_norm
+
+from kvbudget.cache import KVCache
+from kvbudget.calibrate import build, calibrate
+from kvbudget.calibrate.gates import _highest, examples, kvzip_scores
+from kvbudget.errors import PolicyError
+from kvbudget.models import fingerprint
+from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.gates import RetainingGate, SinkGate
+from kvbudget.policy.view import View
+from tiny import left_padded, random_text, tiny_model
+
+METHODS = ("kvzap", "fast_kvzip", "locret")
+TEXTS = [random_text(96, seed=seed)[0] for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An artifact of each method for the same tiny model."""
+    model, folder = tiny_model("llama"), tmp_path_factory.mktemp("gates")
+    return {
+        name: calibrate(
+            name, model, folder / f"{name}.safetensors", texts=TEXTS, count=3, length=96, steps=30, batch=96
+        )
+        for name in METHODS
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_beats_the_untrained_gate(name, files):
+    model, ids = tiny_model("llama"), random_text(96, seed=9)
+    fit = build(name, count=3, length=96)
+    x, y, index = examples(fit, model, ids)
+    trained = Artifact.load(name, fingerprint(model), files[name]).tensors
+    untrained = {key.removeprefix("weight."): w for key, w in fit.start(model).items() if key.startswith("weight.")}
+    losses = [
+        float(fit.loss(fit.gate().score(x, {key: w[index] for key, w in weights.items()}), y))
+        for weights in (trained, untrained)
+    ]
+    assert losses[0] < 0.8 * losses[1], losses
+
+
+def test_targets():
+    """KVzip's own scores, and the highest attention from the end of the text."""
+    model, ids = tiny_model("llama"), random_text(80)
+    cache = KVCache(model, "kvzip(sinks=0)")
+    cache.prefill(model, ids)
+    expected = torch.stack([View(layer).state("score")[0].T for layer in cache.enforcer.layers])
+    assert torch.equal(kvzip_scores(model, ids), expected) and expected.shape == (2, 80, 2)
+    calls = {}
+    attend = KVCache(model, "full")
+    attend.probing = lambda index, call, lse, own: calls.update({index: (call, lse)})
+    with torch.inference_mode():
+        model.base_model(ids, past_key_values=attend)
+    found = [_highest(call, lse, 60) for call, lse in calls.values()]
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attentions = model(ids, output_attentions=True).attentions
+    for scores, weights in zip(found, attentions, strict=True):
+        torch.testing.assert_close(
+            scores.T, weights[0, :, 60:, :60].unflatten(0, (2, 2)).amax((1, 2)), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_the_sink_gate():
+    gate, generator = SinkGate(dim=4, sinks=3), torch.Generator().manual_seed(0)
+    weights, x = gate.start(10, 2, 2, generator), torch.randn(5, 10)
+    score = gate.score(x, weights)
+    query = rms_norm((x @ weights["query"]).view(5, 2, 2, 4), (4,))
+    key = rms_norm((x @ weights["key"]).view(5, 2, 4), (4,))
+    for n in range(5):
+        for h in range(2):
+            logits = query[n, h] @ key[n, h] / 2
+            base = query[n, h] @ weights["sink"][h].T / 2
+            expected = (1 / (1 + (base - logits[:, None]).exp().sum(-1))).mean()
+            assert abs(float(score[n, h] - expected)) < 1e-6
+    alone = SinkGate(dim=4, sinks=1)
+    weights = alone.start(10, 2, 1, generator) | {"sink": torch.zeros(2, 1, 4)}
+    logit = (
+        rms_norm((x @ weights["query"]).view(5, 2, 4), (4,)) * rms_norm((x @ weights["key"]).view(5, 2, 4), (4,))
+    ).sum(-1) / 2
+    torch.testing.assert_close(alone.score(x, weights), logit.sigmoid())
+    assert bool(((score > 0) & (score < 1)).all())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_score_is_given_once_and_alone(name, files):
+    """However the text comes, padded, in chunks or token by token, each entry has the score that its token has by itself."""
+    model, texts = tiny_model("llama"), [random_text(70, seed=4), random_text(33, seed=5)]
+    policy, budget = f"{name}(file={str(files[name])!r})", None if name == "kvzap" else 100
+    scores = []
+    for sizes in ([70], [20, 50], [60] + [1] * 10):
+        cache = KVCache(model, policy, budget)
+        begin = 0
+        with torch.inference_mode():
+            for size in sizes:
+                model(texts[0][:, begin : begin + size], past_key_values=cache)
+                begin += size
+        scores.append(torch.stack([View(layer).state("score")[0] for layer in cache.enforcer.layers]))
+    for other in scores[1:]:
+        torch.testing.assert_close(scores[0], other, atol=1e-4, rtol=1e-3)
+    ids, mask = left_padded(texts)
+    batch = KVCache(model, policy, budget)
+    batch.prefill(model, ids, attention_mask=mask, chunk_size=40)
+    held = torch.stack([View(layer).state("score")[0] for layer in batch.enforcer.layers])
+    torch.testing.assert_close(held, scores[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_threshold_of_kvzap(files):
+    model, ids, kept = tiny_model("llama"), random_text(120, seed=6), []
+    for depth in (0.2, 1.0, 2.0, 3.0, 50.0):
+        cache = KVCache(model, f"kvzap(depth={depth}, window=16, every=1, file={str(files['kvzap'])!r})")
+        cache.prefill(model, ids)
+        cache.check_integrity()
+        kept.append(cache.report().kept_entries)
+        for layer, store in enumerate(cache.enforcer.layers):
+            score = View(store).state("score")
+            for h, row in enumerate(kept_positions(cache, layer)):
+                assert row[-16:] == list(range(104, 120))
+                assert bool((score[0, h, : len(row) - 16] >= -depth).all())
+    assert kept == sorted(kept) and kept[0] < kept[2] and kept[-1] == 120 * 4
+
+
+@pytest.mark.parametrize("name", ["fast_kvzip", "locret"])
+def test_budgets_hold_and_bytes_too(name, files):
+    model, ids = tiny_model("llama"), random_text(200, seed=7)
+    policy = f"{name}({'window' if name == 'fast_kvzip' else 'recent'}=16, file={str(files[name])!r})"
+    for budget in (48, "24KiB"):
+        cache = KVCache(model, policy, budget)
+        cache.prefill(model, ids, chunk_size=64)
+        cache.check_integrity()
+        steps = model.generate(
+            torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=20, do_sample=False
+        )
+        cache.check_integrity()
+        assert steps.shape[1] == 221 and cache.report().kept_entries <= (48 * 4 if budget == 48 else 400)
+
+
+def test_refusals_and_resuming(files, tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(PolicyError, match="calibrate locret"):
+        KVCache(model, f"locret(file={str(tmp_path / 'none')!r})", 50)
+    with pytest.raises(PolicyError, match="another model"):
+        KVCache(tiny_model("llama", seed=1), f"kvzap(file={str(files['kvzap'])!r})", 150)
+    stopped, target = [], tmp_path / "locret.safetensors"
+
+    def stop(done, total):
+        stopped.append(done)
+        if done == 2 and len(stopped) == 3:
+            raise KeyboardInterrupt
+
+    settings = {"texts": TEXTS, "count": 3, "length": 96, "steps": 5, "progress": stop}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("locret", model, target, **settings)
+    calibrate("locret", model, target, **settings)
+    assert stopped == [0, 1, 2, 2, 3]
+    whole = calibrate("locret", model, tmp_path / "whole.safetensors", texts=TEXTS, count=3, length=96, steps=5)
+    one, other = (Artifact.load("locret", fingerprint(model), path).tensors for path in (target, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert RetainingGate(7).start(4, 2, 1, torch.Generator())["inner"].shape == (4, 7)
