@@ -24,7 +24,6 @@ from kvbudget.kernels.reference import (
     Partial,
     TokenQuantOperand,
     causal_attend,
-    merge,
     pack,
     packed_width,
     unpack,
@@ -96,6 +95,17 @@ def attend(query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], 
         if partial is not None:
             return partial
     return reference.attend(query, key, value, lengths, **options)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """Joins partial attentions over disjoint entries; see `reference.merge`."""
+    if len(partials) > 1 and backend().name == "native":
+        from kvbudget.kernels import native
+
+        joined = native.merge(partials)
+        if joined is not None:
+            return joined
+    return reference.merge(partials)
 
 
 def _options_of_row(

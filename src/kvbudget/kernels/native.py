@@ -278,3 +278,14 @@ def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[
     threads = torch.get_num_threads()
     _native.mass_of_logits(lengths, lse.shape[1], threads, logits.data_ptr(), lse.data_ptr(), sums.data_ptr())
     return list(sums.split(list(lengths)))
+
+
+def merge(partials: Sequence[Partial]) -> Partial | None:
+    """`reference.merge` by the extension; None where it cannot serve the tensors."""
+    for tensor in (tensor for partial in partials for tensor in partial):
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+    out, lse = torch.empty_like(partials[0].out), torch.empty_like(partials[0].lse)
+    addresses = ([tensor.data_ptr() for tensor in side] for side in zip(*partials, strict=True))
+    _native.merge(*addresses, lse.numel(), out.shape[-1], out.data_ptr(), lse.data_ptr())
+    return Partial(out, lse)

@@ -218,6 +218,15 @@ class RaggedTable:
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
+    def drop(self, count: int) -> None:
+        """Forgets the oldest ``count`` entries of each row of a uniform table, in place; capacities stay."""
+        rest = self.lengths[0] - count
+        for name in self.columns:
+            self.own(name)
+            grid = self.grid(name)
+            grid[:, :rest] = grid[:, count:].clone()
+        self.lengths = [rest] * self.num_rows
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences), limits included."""
         lengths = [self.lengths[r] for r in rows]

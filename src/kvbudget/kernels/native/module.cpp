@@ -131,6 +131,16 @@ void mass_of_logits(const Integers& lengths, int queries, int threads, uintptr_t
                            reinterpret_cast<float*>(sums));
 }
 
+void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t queries, int width, uintptr_t out,
+           uintptr_t lse) {
+  const auto floats = [](const std::vector<uintptr_t>& addresses) {
+    std::vector<const float*> p;
+    for (const uintptr_t address : addresses) p.push_back(reinterpret_cast<const float*>(address));
+    return p;
+  };
+  kvbudget::merge(floats(outs), floats(lses), queries, width, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse));
+}
+
 bool use(const std::string& name) {
   const kvbudget::Kernels* found = kvbudget::named_kernels(name.c_str());
   if (found) kernels = found;
@@ -145,6 +155,7 @@ NB_MODULE(_native, m) {
   m.def("mass", &mass);
   m.def("mass_of_logits", &mass_of_logits);
   m.def("encode", &encode);
+  m.def("merge", &merge);
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }
