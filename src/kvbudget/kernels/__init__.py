@@ -49,6 +49,7 @@ __all__ = [
     "merge",
     "pack",
     "packed_width",
+    "scatter",
     "unpack",
     "weights",
 ]
@@ -200,3 +201,24 @@ def encode_units(x: Tensor, bits: int, unit: int) -> tuple[Tensor, Tensor, Tenso
         if coded is not None:
             return coded
     return encode.encode_units(x, bits, unit)
+
+
+def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[int], counts: Sequence[int]) -> None:
+    """Writes new cells into flat columns: ``counts[r]`` cells of each row r from cell ``begins[r]`` of a column on.
+
+    ``columns`` are pairs of a column and its new cells ``[sum(counts), *tail]``, row after row (None: zeros).
+    """
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        if native.scatter(columns, begins, counts):
+            return
+    device = columns[0][0].device
+    sizes = torch.tensor(counts, device=device)
+    offsets = torch.tensor(begins, device=device) - sizes.cumsum(0) + sizes
+    where = torch.arange(sum(counts), device=device) + offsets.repeat_interleave(sizes)
+    for column, cells in columns:
+        if cells is None:
+            column.index_fill_(0, where, 0)
+        else:
+            column.index_copy_(0, where, cells)
