@@ -1,4 +1,4 @@
-# make demo | test | lint: each sets up what it needs in $(VENV) first, once.
+# make demo | test | lint | sanitize: each sets up what it needs in $(VENV) first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/kvbudget/kernels/native/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 # Threads that wait in a loop make each other wait for minutes on a machine that is busy with something else.
 demo: $(VENV)/.stamp-package $(VENV)/.stamp-model
@@ -24,6 +24,11 @@ lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/ruff check -q .
 	@$(BIN)/mypy --no-error-summary
+
+# The native kernels under AddressSanitizer and UBSan (GCC); the compiler takes several minutes.
+sanitize: $(VENV)/.stamp-dev
+	@$(PIP) cmake nanobind
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize.sh
 
 clean:
 	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

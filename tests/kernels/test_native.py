@@ -299,3 +299,29 @@ def test_mismatched_head_dim_is_refused() -> None:
     keys = DenseOperand(torch.randn(3, 32), [0])
     with pytest.raises(KVBudgetError, match="head_dim 16"):
         native.attend(torch.randn(1, 1, 16), keys, keys, [3], scale=1.0)
+
+
+def test_merge_and_scatter_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partials without entries, a query that no part answers, rows without new cells and columns without any."""
+    generator = torch.Generator().manual_seed(3)
+    parts = [
+        reference.Partial(torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, generator=generator) * 30)
+        for _ in range(3)
+    ]
+    for part, row in zip(parts, (slice(0, 1), slice(0, 2), slice(0, 1)), strict=True):
+        part.out[row, :2] = 0.0
+        part.lse[row, :2] = -math.inf
+    want = reference.merge(parts)
+    got = kernels.merge(parts)
+    close(got.out, want.out)
+    close(got.lse, want.lse)
+    columns = [torch.zeros(9, 3), torch.zeros(9, dtype=torch.bfloat16), torch.ones(9, 2, dtype=torch.int32)]
+    copies = [column.clone() for column in columns]
+    cells = [torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator).bfloat16(), None]
+    kernels.scatter(list(zip(columns, cells, strict=True)), [1, 4, 6], [2, 0, 2])
+    monkeypatch.setattr(kernels, "backend", lambda: kernels.Backend("reference", "test"))
+    kernels.scatter(list(zip(copies, cells, strict=True)), [1, 4, 6], [2, 0, 2])
+    for column, copy in zip(columns, copies, strict=True):
+        assert torch.equal(column, copy)
+    assert columns[0][[1, 2, 6, 7]].equal(cells[0])
+    assert columns[2].sum() == 10

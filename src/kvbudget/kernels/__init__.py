@@ -24,7 +24,6 @@ from kvbudget.kernels.reference import (
     Partial,
     TokenQuantOperand,
     causal_attend,
-    merge,
     pack,
     packed_width,
     unpack,
@@ -50,6 +49,7 @@ __all__ = [
     "merge",
     "pack",
     "packed_width",
+    "scatter",
     "unpack",
     "weights",
 ]
@@ -96,6 +96,17 @@ def attend(query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], 
         if partial is not None:
             return partial
     return reference.attend(query, key, value, lengths, **options)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """Joins partial attentions over disjoint entries; see `reference.merge`."""
+    if len(partials) > 1 and backend().name == "native":
+        from kvbudget.kernels import native
+
+        joined = native.merge(partials)
+        if joined is not None:
+            return joined
+    return reference.merge(partials)
 
 
 def _options_of_row(
@@ -190,3 +201,24 @@ def encode_units(x: Tensor, bits: int, unit: int) -> tuple[Tensor, Tensor, Tenso
         if coded is not None:
             return coded
     return encode.encode_units(x, bits, unit)
+
+
+def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[int], counts: Sequence[int]) -> None:
+    """Writes new cells into flat columns: ``counts[r]`` cells of each row r from cell ``begins[r]`` of a column on.
+
+    ``columns`` are pairs of a column and its new cells ``[sum(counts), *tail]``, row after row (None: zeros).
+    """
+    if backend().name == "native":
+        from kvbudget.kernels import native
+
+        if native.scatter(columns, begins, counts):
+            return
+    device = columns[0][0].device
+    sizes = torch.tensor(counts, device=device)
+    offsets = torch.tensor(begins, device=device) - sizes.cumsum(0) + sizes
+    where = torch.arange(sum(counts), device=device) + offsets.repeat_interleave(sizes)
+    for column, cells in columns:
+        if cells is None:
+            column.index_fill_(0, where, 0)
+        else:
+            column.index_copy_(0, where, cells)

@@ -278,3 +278,28 @@ def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[
     threads = torch.get_num_threads()
     _native.mass_of_logits(lengths, lse.shape[1], threads, logits.data_ptr(), lse.data_ptr(), sums.data_ptr())
     return list(sums.split(list(lengths)))
+
+
+def merge(partials: Sequence[Partial]) -> Partial | None:
+    """`reference.merge` by the extension; None where it cannot serve the tensors."""
+    for tensor in (tensor for partial in partials for tensor in partial):
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+    out, lse = torch.empty_like(partials[0].out), torch.empty_like(partials[0].lse)
+    outs, lses = ([tensor.data_ptr() for tensor in side] for side in zip(*partials, strict=True))
+    _native.merge(outs, lses, lse.numel(), out.shape[-1], out.data_ptr(), lse.data_ptr())
+    return Partial(out, lse)
+
+
+def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[int], counts: Sequence[int]) -> bool:
+    """`kernels.scatter` by the extension; False, with nothing written, where it cannot serve the tensors."""
+    cells = []
+    for to, new in columns:
+        if not to.is_cpu or not to.is_contiguous():
+            return False
+        if new is not None and (not new.is_contiguous() or new.dtype is not to.dtype or not new.is_cpu):
+            return False
+        nbytes = to.element_size() * (to.numel() // max(len(to), 1))
+        cells.append((to.data_ptr(), 0 if new is None else new.data_ptr(), nbytes))
+    _native.scatter(cells, begins, counts)
+    return True

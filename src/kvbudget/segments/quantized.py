@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.codecs.base import Codec
-from kvbudget.kernels.reference import DenseOperand, Operand, Partial, merge
+from kvbudget.kernels.reference import DenseOperand, Operand, Partial
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.ragged import RaggedTable
 
@@ -41,6 +41,11 @@ class CodecStore:
             over = length if codec.cyclic else max(0, length - codec.residual)
             due.append(over // codec.lump * codec.lump)
         if not any(due):
+            return
+        if len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.residual + codec.unit:
+            oldest = self.tail.grid("data")[:, : due[0]].flatten(0, 1)
+            self.sealed.append(codec.encode(oldest), [n // codec.unit for n in due])
+            self.tail.drop(due[0])
             return
         index = torch.arange(self.tail.longest)
         oldest = index[None, :] < torch.tensor(due)[:, None]
@@ -123,7 +128,7 @@ class QuantizedSegment(Segment):
         partials = [
             kernels.attend(query, key, value, lengths, **bias) for key, value, lengths, bias in self._ranges(ctx)
         ]
-        return merge(partials)
+        return kernels.merge(partials)
 
     def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
         query = self._balanced(query)

@@ -6,6 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kvbudget import kernels
+
 # Up to this many appended cells, Python's own loops beat one call into torch per row.
 FEW_CELLS = 256
 
@@ -140,26 +142,22 @@ class RaggedTable:
             self.reserve(
                 [max(self._room(r, n), c) for r, (n, c) in enumerate(zip(needed, self.capacities, strict=True))]
             )
-        # Few cells are scattered by one index for all columns; many are copied row by row as blocks.
-        even = sum(counts) > FEW_CELLS and self.uniform and len(set(counts)) == 1
-        where = None
-        for name in self.columns if any(counts) else ():
-            column, cells = self.own(name), new.get(name)
-            if even:
-                at = slice(self.lengths[0], needed[0])
+        cells = [
+            (self.own(name), None if name not in new else new[name].to(self.columns[name].dtype))
+            for name in (self.columns if any(counts) else ())
+        ]
+        # Few cells are scattered for all columns at once; many are copied row by row as blocks.
+        if sum(counts) > FEW_CELLS and self.uniform and len(set(counts)) == 1:
+            at = slice(self.lengths[0], needed[0])
+            for column, fresh in cells:
                 target = column.view(self.num_rows, self.capacities[0], *column.shape[1:])[:, at]
-                if cells is None:
+                if fresh is None:
                     target.zero_()
                 else:
-                    target.copy_(cells.reshape(target.shape))
-            else:
-                if where is None:
-                    begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-                    where = ranges(begins, counts, device=column.device)
-                if cells is None:
-                    column.index_fill_(0, where, 0)
-                else:
-                    column.index_copy_(0, where, cells.to(column.dtype))
+                    target.copy_(fresh.reshape(target.shape))
+        elif cells:
+            begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+            kernels.scatter(cells, begins, counts)
         self.lengths = needed
 
     def reserve(self, capacities: Sequence[int]) -> None:
@@ -217,6 +215,15 @@ class RaggedTable:
         """Forgets the newest entries of each row; capacities stay."""
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
+
+    def drop(self, count: int) -> None:
+        """Forgets the oldest ``count`` entries of each row of a uniform table, in place; capacities stay."""
+        rest = self.lengths[0] - count
+        for name in self.columns:
+            self.own(name)
+            grid = self.grid(name)
+            grid[:, :rest] = grid[:, count:].clone()
+        self.lengths = [rest] * self.num_rows
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences), limits included."""

@@ -41,6 +41,25 @@ KV_INLINE void fill_table(const Operand& x, int row, const float* query, int que
     }
 }
 
+// Rows to columns.
+KV_INLINE void transpose(vf (&x)[W]) {
+  vf y[W];
+  for (int i = 0; i < W; i += 2) {
+    y[i] = KV_SHUFFLE(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    y[i + 1] = KV_SHUFFLE(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < W; i += 4)
+    for (int j = i; j < i + 2; ++j) {
+      x[j] = KV_SHUFFLE(y[j], y[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      x[j + 2] = KV_SHUFFLE(y[j], y[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const vf a = x[i], b = x[i + 4];
+    x[i] = KV_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = KV_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 // Sum of one vector per code of an entry.
 KV_INLINE vf look_up(const Book& book, const float* table, const uint8_t* codes) {
   const int slots = book.stages * book.subspaces;
@@ -56,7 +75,7 @@ KV_INLINE vf look_up(const Book& book, const float* table, const uint8_t* codes)
   return a + b;
 }
 
-// Raw logits of n entries from t on: logits [M, stride].
+// Raw logits of n entries from t on: logits [M, stride]. May write up to W - 1 lanes past n.
 KV_INLINE void table_logits(const Operand& x, Table& table, const float* query, int queries, int row, int64_t t, int n,
                             float* logits, int64_t stride) {
   const Book& book = x.book;
@@ -64,12 +83,15 @@ KV_INLINE void table_logits(const Operand& x, Table& table, const float* query, 
   for (int first = 0; first < queries; first += W) {
     const float* lut = table.sums + first * table_size(book);
     const int count = queries - first < W ? queries - first : W;
-    for (int i = 0; i < n; ++i) {
-      const int64_t at = flat(x, row, t + i);
-      vf sums = look_up(book, lut, x.data + at * x.stride);
-      if (x.scale) sums *= splat(element(x.scale, x.type, at));
-      float* to = logits + first * stride + i;
-      for (int m = 0; m < count; ++m) to[m * stride] = sums[m];
+    for (int i = 0; i < n; i += W) {
+      vf sums[W];
+      for (int j = 0; j < W; ++j) {
+        const int64_t at = flat(x, row, t + (i + j < n ? i + j : n - 1));
+        sums[j] = look_up(book, lut, x.data + at * x.stride);
+        if (x.scale) sums[j] *= splat(element(x.scale, x.type, at));
+      }
+      transpose(sums);
+      for (int m = 0; m < count; ++m) store(logits + (first + m) * stride + i, sums[m]);
     }
   }
   if (!book.mean) return;
@@ -103,7 +125,7 @@ KV_INLINE void shrink(const Operand& x, Table& table, int m, float factor) {
   for (int d = 0; d < x.width; ++d) table.shifted[m * x.width + d] *= factor;
 }
 
-// Adds the weights [M, stride] of n entries from t on to their codewords.
+// Adds the weights [M, stride] of n entries from t on to their codewords. Reads up to W - 1 weights past n.
 KV_INLINE void table_weights(const Operand& x, Table& table, int queries, int row, int64_t t, int n, const float* weights,
                              int64_t stride) {
   const Book& book = x.book;
@@ -111,16 +133,19 @@ KV_INLINE void table_weights(const Operand& x, Table& table, int queries, int ro
   for (int first = 0; first < queries; first += W) {
     float* hist = table.sums + first * table_size(book);
     const int count = queries - first < W ? queries - first : W;
-    for (int i = 0; i < n; ++i) {
-      const int64_t at = flat(x, row, t + i);
-      vf w = splat(0.0f);
-      for (int m = 0; m < count; ++m) w[m] = weights[(first + m) * stride + i];
-      if (x.scale) w *= splat(element(x.scale, x.type, at));
-      const uint8_t* codes = x.data + at * x.stride;
-      float* to = hist;
-      for (int slot = 0; slot < slots; ++slot, to += static_cast<int64_t>(book.size) * W) {
-        float* cell = to + code_of(book, codes, slot) * W;
-        store(cell, load(cell) + w);
+    for (int i = 0; i < n; i += W) {
+      vf w[W];
+      for (int m = 0; m < W; ++m) w[m] = m < count ? load(weights + (first + m) * stride + i) : splat(0.0f);
+      transpose(w);
+      for (int j = 0; j < W && i + j < n; ++j) {
+        const int64_t at = flat(x, row, t + i + j);
+        if (x.scale) w[j] *= splat(element(x.scale, x.type, at));
+        const uint8_t* codes = x.data + at * x.stride;
+        float* to = hist;
+        for (int slot = 0; slot < slots; ++slot, to += static_cast<int64_t>(book.size) * W) {
+          float* cell = to + code_of(book, codes, slot) * W;
+          store(cell, load(cell) + w[j]);
+        }
       }
     }
   }

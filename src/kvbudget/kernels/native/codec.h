@@ -184,8 +184,12 @@ KV_INLINE void permute(const Order& o, const float* in, float* out) {
   }
 }
 
-typedef uint8_t v8u8 __attribute__((vector_size(8)));
-typedef uint8_t v8u8_memory __attribute__((vector_size(8), aligned(1), may_alias));
+// Eight bytes as 32-bit words, shifted right; compilers take a conversion of byte vectors apart lane by lane.
+KV_INLINE vu load_bytes_as_words(const uint8_t* p, uint32_t shift) {
+  uint32_t w[2];
+  std::memcpy(w, p, 8);
+  return vu{w[0], w[0], w[0], w[0], w[1], w[1], w[1], w[1]} >> (vu{0, 8, 16, 24, 0, 8, 16, 24} + shift);
+}
 
 // out = (or +=) factor * codes of a plane whose slabs hold `slab` channels.
 template <bool Add>
@@ -194,8 +198,7 @@ KV_INLINE void unpack_plane(const uint8_t* row, int slab, int bits, float factor
   for (int j = 0; j < 8 / bits; ++j, out += slab) {
     int i = 0;
     for (; i + W <= slab; i += W) {
-      const vu bytes = __builtin_convertvector((v8u8) * reinterpret_cast<const v8u8_memory*>(row + i), vu);
-      const vf codes = to_float(bytes >> (bits * j) & mask) * splat(factor);
+      const vf codes = to_float(load_bytes_as_words(row + i, bits * j) & mask) * splat(factor);
       store(out + i, Add ? load(out + i) + codes : codes);
     }
     for (; i < slab; ++i) {

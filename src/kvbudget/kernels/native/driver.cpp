@@ -23,6 +23,27 @@ struct Split {
   int slots = 0;
 };
 
+// Attention of one query over a part of the entries.
+struct Part {
+  const float* out;
+  float lse;
+};
+
+// Exact softmax over the union of the parts.
+void join(const std::vector<Part>& parts, int width, float* out, float& lse) {
+  float top = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  for (const Part& part : parts) top = std::max(top, part.lse);
+  std::fill_n(out, width, 0.0f);
+  lse = top;
+  if (!std::isfinite(top)) return;
+  for (const Part& part : parts) total += std::exp(part.lse - top);
+  lse = top + std::log(total);
+  for (const Part& part : parts) {
+    const float weight = std::exp(part.lse - lse);
+    for (int d = 0; d < width; ++d) out[d] += weight * part.out[d];
+  }
+}
+
 // From this many query rows on, entries are expanded once for all of them.
 constexpr int kManyQueries = 16;
 constexpr int64_t kColumns = 256;
@@ -159,30 +180,20 @@ void attend(const Kernels& kernels, const Job& job, int threads, float* out, flo
       std::fill_n(out + static_cast<size_t>(r) * M * width, static_cast<size_t>(M) * width, 0.0f);
       std::fill_n(lse + static_cast<size_t>(r) * M, M, -infinity);
     }
+  std::vector<Part> some;
   for (size_t i = 0; i < s.ranges.size();) {
     size_t last = i;
     while (last < s.ranges.size() && s.ranges[last].row == s.ranges[i].row) ++last;
-    if (s.ranges[i].slot >= 0) {
-      float* to = out + static_cast<size_t>(s.ranges[i].row) * M * width;
+    if (s.ranges[i].slot >= 0)
       for (int m = 0; m < M; ++m) {
-        const auto part = [&](size_t k) { return parts.data() + static_cast<size_t>(s.ranges[k].slot) * M * (width + 1); };
-        const auto part_lse = [&](size_t k) { return part(k)[static_cast<size_t>(M) * width + m]; };
-        float top = -infinity, total = 0.0f;
-        for (size_t k = i; k < last; ++k) top = std::max(top, part_lse(k));
-        float* o = to + static_cast<size_t>(m) * width;
-        std::fill_n(o, width, 0.0f);
-        float& row_lse = lse[static_cast<size_t>(s.ranges[i].row) * M + m];
-        row_lse = -infinity;
-        if (top == -infinity) continue;
-        for (size_t k = i; k < last; ++k) total += std::exp(part_lse(k) - top);
-        row_lse = top + std::log(total);
+        some.clear();
         for (size_t k = i; k < last; ++k) {
-          const float weight = std::exp(part_lse(k) - row_lse);
-          const float* p = part(k) + static_cast<size_t>(m) * width;
-          for (int d = 0; d < width; ++d) o[d] += weight * p[d];
+          const float* part = parts.data() + static_cast<size_t>(s.ranges[k].slot) * M * (width + 1);
+          some.push_back({part + static_cast<size_t>(m) * width, part[static_cast<size_t>(M) * width + m]});
         }
+        const size_t at = static_cast<size_t>(s.ranges[i].row) * M + m;
+        join(some, width, out + at * width, lse[at]);
       }
-    }
     i = last;
   }
 }
@@ -211,6 +222,15 @@ void encode(const Kernels& kernels, const Dense& x, bool by_units, int bits, int
     const int64_t begin = count * t / threads, end = count * (t + 1) / threads;
     (by_units ? kernels.encode_units : kernels.encode_tokens)(x, bits, group, begin, end, to);
   });
+}
+
+void merge(const std::vector<const float*>& outs, const std::vector<const float*>& lses, int64_t queries, int width, float* out,
+           float* lse) {
+  std::vector<Part> parts(outs.size());
+  for (int64_t m = 0; m < queries; ++m) {
+    for (size_t i = 0; i < outs.size(); ++i) parts[i] = {outs[i] + m * width, lses[i][m]};
+    join(parts, width, out + m * width, lse[m]);
+  }
 }
 
 void mass_of_logits(const Kernels& kernels, int rows, int queries, const int64_t* lengths, int threads, const float* logits,

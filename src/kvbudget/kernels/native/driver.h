@@ -1,6 +1,8 @@
 // Splits attention over ragged rows among threads and joins what the threads bring back.
 #pragma once
 
+#include <vector>
+
 #include "job.h"
 
 namespace kvbudget {
@@ -17,6 +19,9 @@ void mass(const Kernels&, const Job&, int threads, const float* lse, float* sums
 void mass_of_logits(const Kernels&, int rows, int queries, const int64_t* lengths, int threads, const float* logits,
                     const float* lse, float* sums);
 
+// Joins partial attentions of `queries` rows: outs [queries, width], lses [queries].
+void merge(const std::vector<const float*>& outs, const std::vector<const float*>& lses, int64_t queries, int width, float* out,
+           float* lse);
 // Codes, scales and zeros of `count` entries, or of `count` units of `group` entries.
 void encode(const Kernels&, const Dense&, bool by_units, int bits, int group, int64_t count, int threads, const Encoded&);
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -131,6 +132,33 @@ void mass_of_logits(const Integers& lengths, int queries, int threads, uintptr_t
                            reinterpret_cast<float*>(sums));
 }
 
+// columns: (to, from or 0 for zeros, bytes per cell); cells of row r go to begins[r] and after, counts[r] of them.
+void scatter(const nb::list& columns, const Integers& begins, const Integers& counts) {
+  for (const nb::handle item : columns) {
+    const nb::tuple column = nb::cast<nb::tuple>(item);
+    uint8_t* to = reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(column[0]));
+    const uint8_t* from = address(column[1]);
+    const size_t bytes = nb::cast<size_t>(column[2]);
+    for (size_t r = 0; r < begins.size(); ++r) {
+      const size_t some = static_cast<size_t>(counts[r]) * bytes;
+      if (from)
+        std::memcpy(to + static_cast<size_t>(begins[r]) * bytes, from, some), from += some;
+      else
+        std::memset(to + static_cast<size_t>(begins[r]) * bytes, 0, some);
+    }
+  }
+}
+
+void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t queries, int width, uintptr_t out,
+           uintptr_t lse) {
+  const auto floats = [](const std::vector<uintptr_t>& addresses) {
+    std::vector<const float*> p;
+    for (const uintptr_t address : addresses) p.push_back(reinterpret_cast<const float*>(address));
+    return p;
+  };
+  kvbudget::merge(floats(outs), floats(lses), queries, width, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse));
+}
+
 bool use(const std::string& name) {
   const kvbudget::Kernels* found = kvbudget::named_kernels(name.c_str());
   if (found) kernels = found;
@@ -145,6 +173,8 @@ NB_MODULE(_native, m) {
   m.def("mass", &mass);
   m.def("mass_of_logits", &mass_of_logits);
   m.def("encode", &encode);
+  m.def("merge", &merge);
+  m.def("scatter", &scatter);
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }
