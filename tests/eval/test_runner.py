@@ -111,6 +111,16 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(folder, tmp_path):
     assert by["snapkv(window=8)", "50%"] is None
 
 
+def test_every_policy_can_be_measured(folder, tmp_path):
+    cells = matrix(folder, policies=("all", "auto"), budgets=("50%",), length=320, count=1)
+    lines = Bench(cells, ResultsFile(tmp_path / "r.jsonl")).run()
+    assert {line["policy"]: line["error"] for line in lines if line["error"]} == {}
+    assert len(lines) > 16
+    for line in lines:
+        assert len(line["layer_errors"]) == 2
+        assert (line["scores"]["kl_mean"]["mean"] > 1e-6) == (line["policy"] != "full")
+
+
 def test_unknown_names_are_refused_before_any_work(folder, tmp_path):
     with pytest.raises(KVBudgetError, match="unknown task 'fidelty'"):
         Bench(matrix(folder, tasks=("fidelty",)), ResultsFile(tmp_path / "r.jsonl")).run()

@@ -23,8 +23,8 @@ def leaderboard(cells: Cells) -> str:
         f"# Policies on {first['model']}",
         "",
         f"{first['dtype']}, seed {first['seed']}. Means with 95% bootstrap intervals over contexts. **Bold**: the best of its "
-        "budget; =: cannot be told from the best on the same contexts (paired bootstrap, 95%). A policy that protects more "
-        "than a small budget allows is marked with what it holds and is nobody's best.",
+        "budget; =: cannot be told from the best on the same contexts (paired bootstrap, 95%). A policy that holds more "
+        "entries than the budget says is marked with what it holds and does not compete for the best.",
         "",
     ]
     for name in dict.fromkeys(map(title, cells)):
@@ -84,10 +84,15 @@ def best_of(cells: Cells) -> dict[str, Any]:
 
 
 def excess(cell: dict[str, Any]) -> str:
-    """What a cell holds where that is clearly more than its fraction of the text (protected entries do not fit)."""
+    """What a cell holds where that is clearly more entries than its fraction of the text.
+
+    That is so where protected entries do not fit, or where entries are kept at few bits instead of leaving.
+    """
     budget = Budget.parse(None if cell["budget"] == "full" else cell["budget"])
-    share = cell["costs"]["kept_share"]
-    return f"holds {share:.0%}" if budget.kind == "fraction" and share > 1.1 * budget.amount else ""
+    costs = cell["costs"]
+    if budget.kind != "fraction" or costs["kept_share"] <= 1.1 * budget.amount:
+        return ""
+    return f"holds {costs['kept_share']:.0%}, {costs['nbytes'] / costs['full_bytes']:.0%} of the bytes"
 
 
 def _task(name: str, cells: Cells) -> Iterator[str]:
