@@ -357,7 +357,8 @@ def test_calibrate_reads_texts_and_the_method_finds_what_it_wrote(model_folder, 
     assert result.exit_code == 0 and "2 texts of 60 tokens" in result.stderr
     assert Path(result.stdout.strip()).is_file()
     run = ("run", "--model", model_folder, "--prompt", "w9 w12 w15", "--policy", "qfilters", "--budget", "64")
-    assert invoke(*run, "--new-tokens", "2").exit_code == 0
+    done = invoke(*run, "--max-new-tokens", "2")
+    assert done.exit_code == 0, done.stderr
     assert "has text for" in refused("calibrate", "qfilters(count=9, length=60)", *fit[2:], "--text", str(text))
     assert "reads no texts" in refused("calibrate", "razor_attention", *fit[2:], "--text", str(text))
 
