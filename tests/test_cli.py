@@ -348,6 +348,21 @@ def test_calibrate_refuses_what_it_does_not_know(model_folder):
     assert "one by one" in refused("calibrate", "a+b", "--model", model_folder)
 
 
+def test_calibrate_reads_texts_and_the_method_finds_what_it_wrote(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{9 + i * 7 % 90}" for i in range(400)))
+    fit = ("calibrate", "qfilters(count=2, length=60)", "--model", model_folder)
+    result = invoke(*fit, "--text", str(text))
+    assert result.exit_code == 0 and "2 texts of 60 tokens" in result.stderr
+    assert Path(result.stdout.strip()).is_file()
+    run = ("run", "--model", model_folder, "--prompt", "w9 w12 w15", "--policy", "qfilters", "--budget", "64")
+    done = invoke(*run, "--max-new-tokens", "2")
+    assert done.exit_code == 0, done.stderr
+    assert "has text for" in refused("calibrate", "qfilters(count=9, length=60)", *fit[2:], "--text", str(text))
+    assert "reads no texts" in refused("calibrate", "razor_attention", *fit[2:], "--text", str(text))
+
+
 def test_demo_compares_the_full_cache_with_budgets(model_folder, prompt_file):
     arguments = ("demo", "--model", model_folder, "--text", prompt_file, "--length", "150", "--new-tokens", "5")
     result = invoke(*arguments, "--setting", "streaming_llm@25%", "--setting", "snapkv@64KiB")

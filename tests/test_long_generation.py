@@ -16,6 +16,8 @@ POLICIES = (
     "tova",
     "streaming_llm",
     "streaming_llm(positions=cache)",
+    "roco",
+    "expected_attention",
     "snapkv(window=16)+adakv",
     "streaming_llm+kivi(bits=4, residual=32)",
     "snapkv(window=16)+adakv+kivi(bits=2, residual=32)",

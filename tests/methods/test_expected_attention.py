@@ -223,3 +223,11 @@ def test_texts_must_be_as_announced(folder):
     for texts in (None, [random_text(40)[0]], [random_text(39)[0]] * 2):
         with pytest.raises(PolicyError, match="2 texts of 40 tokens"):
             calibrate("expected_attention_stats", model, texts=texts, count=2, length=40)
+
+
+def test_moments_count_where_another_scorer_judges_the_answer():
+    model = tiny_model("llama")
+    cache = KVCache(model, "expected_attention+scope(recent=8)", "64KiB")
+    run(model, cache, random_text(180), [130] + [1] * 50)
+    assert cache.enforcer.cost.fixed == 4 * 2 * (16 + 136)
+    assert all(set(layer.statistics) == {"query mean", "query covariance"} for layer in cache.enforcer.layers)

@@ -141,7 +141,7 @@ class _Runs:
         cache = KVCache(self.model, cell.policy, budget, max_length=context.numel())
         recording, prefill = self._recording(index, context)
         begin = time.perf_counter()
-        if recording is None or cache.parts.plan is not None:
+        if recording is None or not cache.parts.replayable:
             cache.prefill(self.model, context[None], tokenizer=self.tokenizer)
             spent = time.perf_counter() - begin
             return cache, {"prefill_seconds": prefill or spent, "compression_seconds": max(0.0, spent - prefill)}

@@ -328,6 +328,12 @@ class Parts:
         """Whether one of the parts looks at what kinds of tokens the entries belong to."""
         return any(getattr(part, "uses_marks", False) for part in self.__dict__.values())
 
+    @property
+    def replayable(self) -> bool:
+        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
+        reads_all = self.selector is None or not self.selector.prefill
+        return self.plan is None and reads_all and not self.uses_marks
+
 
 class Recipe:
     """A published method: a frozen dataclass that names its paper and composes `parts`.

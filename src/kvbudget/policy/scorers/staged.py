@@ -28,6 +28,17 @@ class Staged(Scorer):
     def aligned(self) -> bool:  # type: ignore[override]
         return self.prompt.aligned
 
+    @property
+    def rotates(self) -> bool:  # type: ignore[override]
+        return self.prompt.rotates or self.answer.rotates
+
+    @property
+    def uses_marks(self) -> bool:  # type: ignore[override]
+        return self.prompt.uses_marks or self.answer.uses_marks
+
+    def fixed_bytes(self, key_dim: int, group: int) -> float:
+        return self.prompt.fixed_bytes(key_dim, group) + self.answer.fixed_bytes(key_dim, group)
+
     def observe(self, view: View) -> None:
         self.prompt.observe(view)
         self.answer.observe(view)
