@@ -7,6 +7,8 @@ from torch.nn.functional import rms_norm
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import build, calibrate
+from kvbudget.calibrate.admission import distance
+from kvbudget.calibrate.base import watch
 from kvbudget.calibrate.gates import _highest, examples, kvzip_scores
 from kvbudget.errors import PolicyError
 from kvbudget.models import fingerprint
@@ -16,6 +18,7 @@ from kvbudget.policy.view import View
 from tiny import left_padded, random_text, tiny_model
 
 METHODS = ("kvzap", "fast_kvzip", "locret")
+ALL = (*METHODS, "wg_kv")
 TEXTS = [random_text(96, seed=seed)[0] for seed in range(3)]
 
 
@@ -24,10 +27,8 @@ def files(tmp_path_factory):
     """An artifact of each method for the same tiny model."""
     model, folder = tiny_model("llama"), tmp_path_factory.mktemp("gates")
     return {
-        name: calibrate(
-            name, model, folder / f"{name}.safetensors", texts=TEXTS, count=3, length=96, steps=30, batch=96
-        )
-        for name in METHODS
+        name: calibrate(name, model, folder / f"{name}.safetensors", texts=TEXTS, count=3, length=96, steps=30)
+        for name in ALL
     }
 
 
@@ -88,11 +89,11 @@ def test_the_sink_gate():
     assert bool(((score > 0) & (score < 1)).all())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_score_is_given_once_and_alone(name, files):
     """However the text comes, padded, in chunks or token by token, each entry has the score that its token has by itself."""
     model, texts = tiny_model("llama"), [random_text(70, seed=4), random_text(33, seed=5)]
-    policy, budget = f"{name}(file={str(files[name])!r})", None if name == "kvzap" else 100
+    policy, budget = f"{name}(file={str(files[name])!r})", None if name in ("kvzap", "wg_kv") else 100
     scores = []
     for sizes in ([70], [20, 50], [60] + [1] * 10):
         cache = KVCache(model, policy, budget)
@@ -111,10 +112,12 @@ def test_a_score_is_given_once_and_alone(name, files):
     torch.testing.assert_close(held, scores[0], atol=1e-4, rtol=1e-3)
 
 
-def test_the_threshold_of_kvzap(files):
+@pytest.mark.parametrize("name", ["kvzap", "wg_kv"])
+def test_entries_below_the_threshold_leave_behind_the_window(name, files):
     model, ids, kept = tiny_model("llama"), random_text(120, seed=6), []
-    for depth in (0.2, 1.0, 2.0, 3.0, 50.0):
-        cache = KVCache(model, f"kvzap(depth={depth}, window=16, every=1, file={str(files['kvzap'])!r})")
+    for least in (-0.2, -1.0, -2.0, -3.0, -50.0) if name == "kvzap" else (0.999, 0.9, 0.5, 0.1, 0.0):
+        rule = f"depth={-least}" if name == "kvzap" else f"admit={least}, sinks=0"
+        cache = KVCache(model, f"{name}({rule}, window=16, every=1, file={str(files[name])!r})")
         cache.prefill(model, ids)
         cache.check_integrity()
         kept.append(cache.report().kept_entries)
@@ -122,8 +125,40 @@ def test_the_threshold_of_kvzap(files):
             score = View(store).state("score")
             for h, row in enumerate(kept_positions(cache, layer)):
                 assert row[-16:] == list(range(104, 120))
-                assert bool((score[0, h, : len(row) - 16] >= -depth).all())
-    assert kept == sorted(kept) and kept[0] < kept[2] and kept[-1] == 120 * 4
+                assert bool((score[0, h, : len(row) - 16] >= least).all())
+    assert kept == sorted(kept) and kept[0] < kept[-1] == 120 * 4
+
+
+def test_what_admission_is_trained_for():
+    """Gates of 1 change nothing, and gates of nearly 0 hide what is not local: all of it, or what they choose."""
+    model, ids, calls = tiny_model("llama"), random_text(60), {}
+    watch(model, ids, lambda index, call, lse: calls.update({index: call}))
+    asked = torch.arange(20, 60)
+    for call in calls.values():
+        assert float(distance(call, asked, torch.ones(60, 2), 16)) == 0
+        hard = torch.where(torch.rand(60, 2) < 0.5, 1.0, 1e-12)
+        for gates in (torch.full((60, 2), 1e-12), hard):
+            query = call.query[0][:, asked].unflatten(0, (2, 2))
+            logits = torch.einsum("hgnd,htd->hgnt", query, call.key[0]) * call.scale
+            steps = torch.arange(60)
+            logits = logits.masked_fill(steps > asked[:, None], float("-inf"))
+            seen = (asked[:, None] < steps + 16) | (gates.T[:, None, None] > 0.5)
+            full, some = (
+                torch.einsum("hgnt,htd->hgnd", x.softmax(-1), call.value[0])
+                for x in (logits, logits.masked_fill(~seen, float("-inf")))
+            )
+            expected = (full - some).square().sum() / full.square().sum()
+            torch.testing.assert_close(distance(call, asked, gates, 16), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_training_admission_lowers_its_error(files):
+    model, ids = tiny_model("llama"), random_text(96, seed=9)
+    fit = build("wg_kv", count=3, length=96, batch=90)
+    trained = Artifact.load("wg_kv", fingerprint(model), files["wg_kv"]).tensors
+    untrained = {key.removeprefix("weight."): w for key, w in fit.start(model).items() if key.startswith("weight.")}
+    index, error = fit.lesson(model, ids)
+    errors = [float(error(weights, torch.Generator().manual_seed(1))) for weights in (trained, untrained)]
+    assert index.tolist() == [0, 1] and errors[0] < errors[1], errors
 
 
 @pytest.mark.parametrize("name", ["fast_kvzip", "locret"])

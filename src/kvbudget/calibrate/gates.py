@@ -1,6 +1,7 @@
 """Gates fitted to what a model attends to when it repeats or continues texts, by forward passes alone."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,9 +14,10 @@ from kvbudget.cache import KVCache
 from kvbudget.calibrate.base import TextCalibration, watch
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry, rotations_of
-from kvbudget.policy.gates import Gate, LinearGate, RetainingGate, SinkGate, projections
+from kvbudget.policy.gates import Gate, LinearGate, RetainingGate, SinkGate
 from kvbudget.policy.view import View
 
+Lesson = Callable[[dict[str, Tensor], torch.Generator], Tensor]
 LEAST = 1e-6
 """Attention below this counts as this much where its logarithm is taken."""
 ROWS = 256
@@ -48,15 +50,11 @@ class GateCalibration(TextCalibration):
         """The gate that is trained."""
 
     @abstractmethod
-    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
-        """What the first n tokens' scores should be, ``[l, n, Hkv]`` for the layers of ``calls`` (call and its lse) in order."""
-
-    @abstractmethod
-    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """The error of ``scores [l, n, Hkv]``, a mean over everything but layers and heads."""
+    def lesson(self, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Lesson]:
+        """Which layers of the model learn from a text ``[1, T]``, and the error of their stacked weights on a part of it."""
 
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        x, y, index = examples(self, model, ids)
+        index, lesson = self.lesson(model, ids)
         state = dict(state) or self.start(model)
         number = int(state["number"])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
@@ -65,9 +63,7 @@ class GateCalibration(TextCalibration):
             for _ in range(self.steps):
                 number += 1
                 weights = {name: state[f"weight.{name}"][index].requires_grad_() for name in names}
-                begin = int(torch.randint(max(1, y.shape[1] - self.batch + 1), (), generator=generator))
-                at = slice(begin, begin + self.batch)
-                self.loss(self.gate().score(x[:, at], weights), y[:, at]).backward()
+                lesson(weights, generator).backward()
                 for name, weight in weights.items():
                     assert weight.grad is not None
                     one, two = (state[f"{moment}.{name}"] for moment in ("first", "second"))
@@ -96,7 +92,30 @@ class GateCalibration(TextCalibration):
         return {name.removeprefix("weight."): x for name, x in state.items() if name.startswith("weight.")}
 
 
-def examples(calibration: GateCalibration, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class TaughtGate(GateCalibration):
+    """A gate that learns to give each token a known score."""
+
+    def lesson(self, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Lesson]:
+        x, y, index = examples(self, model, ids)
+
+        def error(weights: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+            begin = int(torch.randint(max(1, y.shape[1] - self.batch + 1), (), generator=generator))
+            at = slice(begin, begin + self.batch)
+            return self.loss(self.gate().score(x[:, at], weights), y[:, at])
+
+        return index, error
+
+    @abstractmethod
+    def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
+        """What the first n tokens' scores should be, ``[l, n, Hkv]`` for the layers of ``calls`` (call and its lse) in order."""
+
+    @abstractmethod
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """The error of ``scores [l, n, Hkv]``, a mean over everything but layers and heads."""
+
+
+def examples(calibration: TaughtGate, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[l, n, F]`` and targets ``[l, n, Hkv]`` of one text ``ids [1, T]``, and which layers of the model they are."""
     calls: dict[int, tuple[AttentionCall, Tensor]] = {}
     watch(model, ids, lambda index, call, lse: calls.update({index: (call, lse)}))
@@ -107,13 +126,14 @@ def examples(calibration: GateCalibration, model: PreTrainedModel, ids: Tensor) 
         for index, (call, _) in calls.items():
             rotation = rotations[index]
             assert rotation is not None
-            found.append(projections(call.query, call.key, call.value, steps, rotation)[0, : y.shape[1]])
+            features = calibration.gate().features(call.query, call.key, call.value, steps, rotation)
+            found.append(features[0, : y.shape[1]])
         x = torch.stack(found).float().cpu()
     return x.clone(), y.clone(), torch.tensor(list(calls))
 
 
 @dataclass(frozen=True)
-class FastKVzipGate(GateCalibration):
+class FastKVzipGate(TaughtGate):
     """The gate learns KVzip's scores by binary cross-entropy (Fast KVzip, arXiv 2601.17668, section 3).
 
     The paper takes 29 texts of 10k tokens and 5000 steps of SGD.
@@ -139,7 +159,7 @@ class FastKVzipGate(GateCalibration):
 
 
 @dataclass(frozen=True)
-class KVzapGate(GateCalibration):
+class KVzapGate(TaughtGate):
     """The gate learns the logarithm of KVzip's scores by squared error (KVzap, arXiv 2601.07891, section 3).
 
     The paper's target weighs the attention by the norm of the value's share of the output; this is the attention alone.
@@ -158,7 +178,7 @@ class KVzapGate(GateCalibration):
 
 
 @dataclass(frozen=True)
-class LocretGate(GateCalibration):
+class LocretGate(TaughtGate):
     """The gate learns the highest attention that a token gets from what follows (Locret, arXiv 2410.01805, section 3.2).
 
     The paper's texts are prompts with answers; here the last ``answer`` share of a text follows the rest. The error is a

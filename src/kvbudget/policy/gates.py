@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, rms_norm, silu
+from torch.nn.functional import gelu, logsigmoid, rms_norm, silu
 
 from kvbudget.models import Rotation
 from kvbudget.policy.base import Part, Scorer
@@ -19,6 +19,10 @@ Weights = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Gate(Part, ABC):
     """A head from features ``[..., n, F]`` to scores ``[..., n, Hkv]``; its weights may lead with the same dimensions."""
+
+    def features(self, query: Tensor, key: Tensor, value: Tensor, steps: Tensor, rotation: Rotation) -> Tensor:
+        """What the gate reads of each token, from what `projections` takes."""
+        return projections(query, key, value, steps, rotation)
 
     @abstractmethod
     def start(self, width: int, heads: int, group: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -86,6 +90,37 @@ class SinkGate(Gate):
 
 
 @dataclass(frozen=True)
+class WriteGate(Gate):
+    """``sigmoid(gelu([norm(k before RoPE); norm(k)] W1 + b1) W2 + b2)``, at least ``least``, per KV head.
+
+    The hidden layer is twice as wide as the two keys together (WG-KV, arXiv 2512.17452, section 3).
+    """
+
+    least: float = 1e-3
+
+    def features(self, query: Tensor, key: Tensor, value: Tensor, steps: Tensor, rotation: Rotation) -> Tensor:
+        plain = rotation.strip(key.float(), steps[:, None])
+        keys = [rms_norm(x, (x.shape[-1],)).transpose(1, 2) for x in (plain, key.float())]
+        return torch.cat(keys, dim=-1)
+
+    def start(self, width: int, heads: int, group: int, generator: torch.Generator) -> dict[str, Tensor]:
+        inputs = 2 * width // (heads * (group + 2))
+        inner = torch.randn(heads, inputs, 2 * inputs, generator=generator) * inputs**-0.5
+        outer = torch.randn(heads, 2 * inputs, 1, generator=generator) * (2 * inputs) ** -0.5
+        return {
+            "inner": inner,
+            "inner_bias": torch.zeros(1, heads, 2 * inputs),
+            "outer": outer,
+            "bias": torch.ones(1, heads),
+        }
+
+    def score(self, x: Tensor, weights: Weights) -> Tensor:
+        inner = torch.einsum("...nhf,...hfe->...nhe", x, weights["inner"]) + weights["inner_bias"]
+        logit = torch.einsum("...nhe,...hef->...nhf", gelu(inner), weights["outer"])[..., 0] + weights["bias"]
+        return logit.sigmoid().clamp_min(self.least)
+
+
+@dataclass(frozen=True)
 class Gated(Scorer):
     """The score that a gate gave each token when it came; ``weights`` are those of all layers of the model, stacked.
 
@@ -105,7 +140,7 @@ class Gated(Scorer):
         cells = view.valid.sum(-1, keepdim=True) - width + torch.arange(width, device=steps.device)
         at = cells.clamp_min(0)[..., None]
         key, value = (x.gather(2, at.expand(*at.shape[:3], x.shape[-1])) for x in (view.keys, view.values))
-        x = projections(view.queries.last(None)[0], key, value, steps.clamp_min(0), view.rotation)
+        x = self.gate.features(view.queries.last(None)[0], key, value, steps.clamp_min(0), view.rotation)
         weights = {name: tensor[view.layer_idx].to(x.device) for name, tensor in self.weights.items()}
         fresh = self.gate.score(x, weights).transpose(1, 2)
         scores = torch.nn.functional.pad(view.state("score"), (0, 1))  # what is padding goes to a cell of its own
