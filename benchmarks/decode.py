@@ -186,19 +186,21 @@ def overhead(ours: PreTrainedModel, length: int, steps: int, clock: Callable[[],
         try:
             for _ in range(5):
                 step.step(clock)
-            inside.total = kernel.total = 0.0
+            step.seconds.clear()
+            spent, computed = [], []
             for _ in range(steps):
+                inside.total = kernel.total = 0.0
                 step.step(clock)
+                spent.append(inside.total)
+                computed.append(kernel.total)
         finally:
             native._native = extension
             AttentionInterface.register(attention.NAME, attention.attention_function)
-        per = 1e6 / (steps * ours.config.num_hidden_layers)
-        records.append(
-            {
-                "name": name, "length": length, "us_in_kvbudget": inside.total * per, "us_in_kernels": kernel.total * per,
-                "us_overhead": (inside.total - kernel.total) * per, "us_step": sum(step.seconds[5:]) * per,
-            }
-        )  # fmt: skip
+        per = 1e6 / ours.config.num_hidden_layers
+        own = [total - part for total, part in zip(spent, computed, strict=True)]
+        columns = {"us_step": step.seconds, "us_in_kvbudget": spent, "us_in_kernels": computed, "us_overhead": own}
+        medians = {column: statistics.median(values) * per for column, values in columns.items()}
+        records.append({"name": name, "length": length} | medians)
     return records
 
 
@@ -206,7 +208,7 @@ class Timed:
     """The extension module with a stopwatch around its functions."""
 
     def __init__(self, extension: Any, watch: Stopwatch) -> None:
-        for name in ("attend", "mass", "mass_of_logits", "encode"):
+        for name in ("attend", "mass", "mass_of_logits", "encode", "merge", "scatter"):
             setattr(self, name, watch.around(getattr(extension, name)))
 
 

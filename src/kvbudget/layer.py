@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbudget.kernels import flash
-from kvbudget.kernels.reference import Partial, merge
+from kvbudget.kernels import flash, merge
+from kvbudget.kernels.reference import Partial
 from kvbudget.segments import selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
