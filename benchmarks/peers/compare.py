@@ -13,8 +13,9 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from kvbudget.methods import parse
 
 # Two libraries that keep the same entries differ by rounding: below this, in the score's own units.
 SAME = 0.02
+WORKER = Path(__file__).with_name("worker.py")
 MARKS = ("<!-- peers -->", "<!-- /peers -->")
 
 
@@ -77,9 +79,8 @@ PAIRS = {
 class Peer:
     """The worker process."""
 
-    def __init__(self, python: str, folder: str) -> None:
-        path = Path(__file__).with_name("worker.py")
-        self.process = subprocess.Popen([python, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, python: str, folder: str, worker: Path = WORKER) -> None:
+        self.process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self.ask(open=folder, threads=torch.get_num_threads())["versions"]
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -155,47 +156,45 @@ class Context:
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def measure(options: argparse.Namespace, results: ResultsFile) -> None:
-    """Fills the results file."""
+Row = tuple[str, int, str, str]
+
+
+def rows(options: argparse.Namespace) -> dict[str, Row]:
+    """What is to be measured, by key: task, number of the context, method and budget (none for what keeps every entry)."""
+    return {
+        f"{task} {number} {options.seed} {PAIRS[name]} {budget}": (task, number, name, budget)
+        for task in _split(options.tasks)
+        for number in range(options.count)
+        for name in options.methods.split(",")
+        for budget in (options.budgets.split(",") if PAIRS[name].budgeted else ["full"])
+    }
+
+
+def measure(options: argparse.Namespace, missing: dict[str, Row], results: ResultsFile) -> None:
+    """Adds the missing rows to the results file; a row that fails is named and left out."""
     disable_progress_bar()
     model, tokenizer = kvbudget.load(options.model)
-    known = {line["key"] for line in results.cells()}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         peer = Peer(options.peer, folder)
-        for text in _split(options.tasks):
+        for (text, number), group in groupby(missing.items(), key=lambda item: item[1][:2]):
             task = tasks.parse(text)
-            for number, example in enumerate(task.examples(tokenizer, options.count, options.seed)):
-                context = Context(model, tokenizer, task, example, peer)
-                for name, budget in rows(options):
-                    key = key_of(text, number, options.seed, name, budget)
-                    if key in known:
-                        continue
-                    try:
-                        found = context.run(PAIRS[name], budget)
-                    except RuntimeError as error:
-                        print(f"failed: {text} {number}: {name} {budget}: {error}", flush=True)
-                    else:
-                        line = {"key": key, "task": text, "example": number, "method": name, "budget": budget}
-                        results.add_cell(line | found | {"versions": peer.versions})
-                        print(f"{text} {number}: {name} {budget}", flush=True)
+            example = task.examples(tokenizer, options.count, options.seed)[number]
+            context = Context(model, tokenizer, task, example, peer)
+            for key, (_, _, name, budget) in group:
+                try:
+                    found = context.run(PAIRS[name], budget)
+                except RuntimeError as error:
+                    print(f"failed: {text} {number}: {name} {budget}: {error}", flush=True)
+                else:
+                    line = {"key": key, "task": text, "example": number, "method": name, "budget": budget}
+                    results.add_cell(line | found | {"versions": peer.versions})
+                    print(f"{text} {number}: {name} {budget}", flush=True)
 
 
-def key_of(task: str, number: int, seed: int, method: str, budget: str) -> str:
-    """Names a line of the results by everything that it depends on."""
-    return f"{task} {number} {seed} {PAIRS[method]} {budget}"
-
-
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Methods with their budgets; those that keep every entry have none."""
-    for name in options.methods.split(","):
-        for budget in options.budgets.split(",") if PAIRS[name].budgeted else ["full"]:
-            yield name, budget
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: both libraries per task, method and budget, with the paired difference."""
+def table(lines: Sequence[dict[str, Any]], command: str) -> str:
+    """Markdown: both libraries per task, method and budget, with the paired difference, and the ``command`` that measured it."""
     out = []
     for text in dict.fromkeys(line["task"] for line in lines):
         task = tasks.parse(text)
@@ -216,7 +215,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             out.append(f"| {method} | {budget} | {texts[0]} | {texts[1]} | {word} | {kept} | {size} |")
         out.append("")
     versions = ", ".join(f"{name} {number}" for name, number in lines[-1]["versions"].items())
-    return "\n".join([*out, f"Peers: {versions}."])
+    return "\n".join([*out, f"Measured by `{command}`; peers: {versions}."])
 
 
 def _verdict(ours: Sequence[float], theirs: Sequence[float], better: str) -> str:
@@ -262,14 +261,14 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="file with the marks, such as docs/fidelity.md")
     options = parser.parse_args()
     results = ResultsFile(options.results)
-    measure(options, results)
-    wanted = {
-        key_of(task, number, options.seed, name, budget)
-        for task in _split(options.tasks)
-        for number in range(options.count)
-        for name, budget in rows(options)
-    }
-    text = table([line for line in results.cells() if line["key"] in wanted])
+    wanted = rows(options)
+    known = {line["key"] for line in results.cells()}
+    if missing := {key: row for key, row in wanted.items() if key not in known}:
+        measure(options, missing, results)
+    found = {line["key"]: line for line in results.cells()}
+    command = f"python benchmarks/peers/compare.py --tasks '{options.tasks}' --budgets {options.budgets} --count {options.count}"
+    # In the order of the options, whenever a row was measured.
+    text = table([found[key] for key in wanted if key in found], command)
     print(text)
     if options.markdown is not None:
         insert(options.markdown, text)

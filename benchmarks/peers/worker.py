@@ -66,8 +66,9 @@ class Worker:
         own = copy.copy(cache)
         # Layers replace their tensors when they grow, so these may be shared.
         own.layers = [copy.copy(layer) for layer in cache.layers]
-        # A fake key that no query of many attends to does not exist as a rule, so head-wise presses read token by token.
-        width = 1 if self.masked() else ids.shape[1]
+        # Many queries at once need one mask for all layers, and a fake key that none of them attends to.
+        uneven = len({cache.get_seq_length(layer) for layer in range(len(cache.layers))}) > 1
+        width = 1 if self.masked() or uneven else ids.shape[1]
         rows = []
         for begin in range(0, ids.shape[1], width):
             position = self.context.shape[1] + begin

@@ -104,7 +104,8 @@ def test_the_leaderboard_says_what_can_be_told_apart(written) -> None:
 
 
 def test_logarithms_are_shown_as_what_they_are_of() -> None:
-    scores = {"log_kl": {"mean": -2.302585, "low": -4.60517, "high": 0.0}}
+    means = {"log_kl": -2.302585, "kl_p95": 0.3, "agreement": 0.875, "perplexity_ratio": 1.25}
+    scores = {name: {"mean": mean, "low": -4.60517, "high": 0.0} for name, mean in means.items()}
     examples = [{"scores": {"log_kl": -2.302585}, "info": {}}]
     changes: dict[str, object] = {
         "scores": scores,
@@ -115,6 +116,7 @@ def test_logarithms_are_shown_as_what_they_are_of() -> None:
     }
     text = leaderboard([cell("snapkv", "10%", [0.0]) | changes])
     assert "**0.1 [0.01, 1]**" in text
+    assert "| snapkv | 0.3 / 0.875 / 1.25 |" in text
 
 
 def test_a_task_that_the_full_cache_fails_is_marked() -> None:

@@ -10,7 +10,7 @@ from kvbudget.eval import runner
 from kvbudget.eval.matrix import Matrix
 from kvbudget.eval.results import ResultsFile, informative
 from kvbudget.eval.runner import Bench
-from test_cli import tiny_tokenizer
+from test_cli import invoke, tiny_tokenizer
 from tiny import VOCAB_SIZE, tiny_model
 
 
@@ -135,6 +135,24 @@ def test_yaml_gives_the_same_cells(folder, tmp_path):
     cells = [cell for group in Matrix.from_yaml(path).groups() for cell in group]
     assert [c.policy for c in cells] == ["full", "snapkv", "knorm"]
     assert all(c.visible for c in cells)
+
+
+def test_the_command_line_measures_reports_and_names_what_shows_nothing(folder, tmp_path):
+    results, page = tmp_path / "r.jsonl", tmp_path / "docs.md"
+    found = invoke(
+        "bench", "--model", str(folder), "--policy", "random,knorm", "--budget", "50%", "--task", "fidelity(tokens=8),niah",
+        "--length", "96", "--count", "2", "--text", str(folder / "text.txt"), "--results", str(results),
+        "--markdown", str(page), "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0
+    assert "the full cache itself cannot do needle(length=96" in found.stderr.replace("\n", "")
+    assert len(json.loads(found.stdout)) == 6
+    assert page.read_text() == (tmp_path / "r" / "leaderboard.md").read_text()
+    assert "Not informative" in page.read_text()
+    again = invoke("report", str(results), "--folder", str(tmp_path / "other"), "--auto", str(tmp_path / "auto.json"))
+    assert again.exit_code == 0 and (tmp_path / "other" / "report.html").exists()
+    (situation,) = json.loads((tmp_path / "auto.json").read_text())["situations"]
+    assert set(situation["policies"]) == {"random", "knorm"}
 
 
 def test_tasks_that_the_full_cache_cannot_do_are_not_informative():

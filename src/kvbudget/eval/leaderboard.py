@@ -30,7 +30,7 @@ def leaderboard(cells: Cells) -> str:
     for name in dict.fromkeys(map(title, cells)):
         mine = [c for c in cells if title(c) == name]
         if any(c["scores"] for c in mine):
-            lines += [*_task(name, mine), *_depths(mine)]
+            lines += [*_task(name, mine), *_distances(mine), *_depths(mine)]
     lines += [*_costs(cells), *_failures(cells), "## How it was measured", "", "```sh", commands(cells), "```", ""]
     lines.append(", ".join(f"{name} {number}" for name, number in first["versions"].items()) + ".")
     return "\n".join(lines) + "\n"
@@ -127,6 +127,26 @@ def _task(name: str, cells: Cells) -> Iterator[str]:
         costs = cell["costs"]
         size, share = format_bytes(int(costs["nbytes"])), costs["nbytes"] / costs["full_bytes"]
         yield f"| {cell['policy']} | {_interval(cell)} | {size} | {share:.0%} |"
+    yield ""
+
+
+def _distances(cells: Cells) -> Iterator[str]:
+    """The other distances from the full cache, where the logarithm of the KL leads."""
+    good = [c for c in cells if c["headline"] == "log_kl" and c["scores"] and c["policy"] != "full"]
+    if not good:
+        return
+    budgets = list(dict.fromkeys(c["budget"] for c in good))
+    yield "95th percentile of the KL over tokens / top-1 agreement / perplexity ratio."
+    yield from ("", f"| policy | {' | '.join(budgets)} |", "|---|" + "---|" * len(budgets))
+    for policy in _policies(good):
+        means = {
+            c["budget"]: {name: s["mean"] for name, s in c["scores"].items()} for c in good if c["policy"] == policy
+        }
+        texts = [
+            "{kl_p95:.2g} / {agreement:.3f} / {perplexity_ratio:.3g}".format(**means[b]) if b in means else ""
+            for b in budgets
+        ]
+        yield f"| {policy} | {' | '.join(texts)} |"
     yield ""
 
 

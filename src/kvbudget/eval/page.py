@@ -173,5 +173,6 @@ def _row(cell: dict[str, Any], cells: Cells, weak: bool) -> str:
         (f"{costs['decode_tokens_per_second']:.1f}", costs["decode_tokens_per_second"]),
     ]
     tds = "".join(f"<td>{t}</td>" if v is None else f'<td data-value="{v}">{t}</td>' for t, v in values)
+    others = ", ".join(f"{name} {found['mean']:.3g}" for name, found in cell["scores"].items())
     kind = " ".join(["weak"] * weak + ["best"] * (mark == "best"))
-    return f'<tr class="{kind}">{tds}</tr>'
+    return f'<tr class="{kind}" title="{html.escape(others)}">{tds}</tr>'

@@ -31,6 +31,8 @@ def parse(text: str) -> Task:
 
     >>> parse("needle(length=2048, depths=(0.0, 0.5, 1.0))").length
     2048
+    >>> parse("niah").name
+    'needle'
 
     Raises:
         KVBudgetError: for an unknown task or parameter, with the nearest match, or a value of the wrong kind.
@@ -42,6 +44,7 @@ def parse(text: str) -> Task:
     if len(terms) != 1:
         raise KVBudgetError(f"task {text!r} cannot be read; write one name such as needle or needle(length=2048)")
     name, parameters = terms[0]
+    name = next((kind.name for kind in registry().values() if name in kind.aliases), name)
     if name not in registry():
         raise KVBudgetError(f"unknown task {name!r}{nearest(name, registry())}")
     kind = registry()[name]

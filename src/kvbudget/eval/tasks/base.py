@@ -80,6 +80,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     headline: ClassVar[str] = "exact"
     higher_is_better: ClassVar[bool] = True
     labeled: ClassVar[bool] = True

@@ -28,6 +28,7 @@ class Needle(Task):
     """
 
     name = "needle"
+    aliases: ClassVar[tuple[str, ...]] = ("niah",)
     headline: ClassVar[str] = "exact"
 
     length: int = 1024
