@@ -63,6 +63,7 @@ def budgeted_layer(
         rotation=rotation,
         selector=parts.selector,
     )
+    layer.depth = geometry.budgeted_layers.index(index) / max(1, len(geometry.budgeted_layers) - 1)
     layer.page = parts.granularity.size
     layer.hard = budget.kind == "bytes"
     layer.moving = parts.position_mode == "moved"

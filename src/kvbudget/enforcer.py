@@ -220,7 +220,9 @@ class Enforcer(Shares):
                 split = list(held[b])
                 free = self._free[self.layers.index(layer)]
                 rest = target - sum(held[b]) + sum(held[b][h] for h in free)
-                shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest)
+                hint = None if (name := self.parts.heads.statistic) is None else view.statistic(name)
+                hint = None if hint is None else hint[b, free]
+                shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
                 for h, entries in zip(free, shared, strict=True):
                     split[h] = entries
             else:

@@ -56,7 +56,8 @@ class LayerCache:
     belong to the text like its ids and are not counted. ``seen[b]`` counts the tokens of sequence b that passed through,
     ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
     the layer's own sliding window: entries outside of it are dropped after every forward.
-    A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything).
+    ``depth`` runs from 0 in the first budgeted layer to 1 in the last. A ``selector`` says what queries read of the entries
+    held (extra passes of a plan and of measurements read everything).
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -86,6 +87,7 @@ class LayerCache:
         self.prompt: list[int] = []
         self.apart = 0
         self.moving = False
+        self.depth = 0.0
         self.shift: list[int] | None = None
         self.capacity: list[int] | None = None
         self.hard = False

@@ -125,8 +125,10 @@ class HeadAllocator(Part, ABC):
     """Shares a layer's entries out over its KV heads.
 
     Heads that are `pinned` keep every entry; the budget is solved for what is left to the others, and `split` sees those
-    alone. ``bounded`` says that `most` limits them without any budget.
+    alone. ``bounded`` says that `most` limits them without any budget. ``statistic`` names what `split` asks of the scorer.
     """
+
+    statistic: ClassVar[str | None] = None
 
     @property
     def bounded(self) -> bool:
@@ -141,8 +143,13 @@ class HeadAllocator(Part, ABC):
         return seen
 
     @abstractmethod
-    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
-        """Entries per KV head, summing to ``total``, from one sequence's ``scores, protected, valid [Hkv, T]``."""
+    def split(
+        self, scores: Tensor, protected: Tensor, valid: Tensor, total: int, hint: Tensor | None = None
+    ) -> list[int]:
+        """Entries per KV head, summing to ``total``, from one sequence's ``scores, protected, valid [Hkv, T]``.
+
+        ``hint [Hkv, ...]`` is the scorer's running `statistic` of these heads, if there is one yet.
+        """
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ class ByDemand(HeadAllocator):
 
     threshold: float = 0.0
 
-    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
+    def split(
+        self, scores: Tensor, protected: Tensor, valid: Tensor, total: int, hint: Tensor | None = None
+    ) -> list[int]:
         wanted = (((scores >= self.threshold) | protected) & valid).sum(-1)
         least = (protected & valid).sum(-1).tolist()
         return solve(max(total, sum(least)), wanted.clamp_min(1).tolist(), least, wanted.tolist())

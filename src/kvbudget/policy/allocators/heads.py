@@ -21,7 +21,9 @@ class JointTopK(HeadAllocator):
     safeguard: float = 0.2
     normalize: bool = False
 
-    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
+    def split(
+        self, scores: Tensor, protected: Tensor, valid: Tensor, total: int, hint: Tensor | None = None
+    ) -> list[int]:
         heads, length = scores.shape
         total = min(total, int(valid.sum()))
         rank = torch.arange(length, device=scores.device)

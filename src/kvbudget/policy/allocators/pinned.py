@@ -30,5 +30,7 @@ class PinnedHeads(HeadAllocator):
     def most(self, seen: int) -> int:
         return min(seen, self.sinks + max(self.window, int(seen / self.compression))) if self.window else seen
 
-    def split(self, scores: Tensor, protected: Tensor, valid: Tensor, total: int) -> list[int]:
+    def split(
+        self, scores: Tensor, protected: Tensor, valid: Tensor, total: int, hint: Tensor | None = None
+    ) -> list[int]:
         return solve(total, [1.0] * len(valid), 0, valid.sum(-1))

@@ -1,0 +1,60 @@
+"""Window votes, and how far the meaning that each head gathers lies from that of its layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbudget.policy.scorers.window import WindowAttention
+from kvbudget.policy.view import View
+
+WHOLE = "whole"
+"""The statistic ``[B, Hkv]`` that orders heads to keep whole: 1 for the first one, 0 for those that are not."""
+
+
+@dataclass(frozen=True)
+class SemanticHeads(WindowAttention):
+    """Marks heads whose semantic vector is far from the layer's mean, beside the votes of the window (Task-KV).
+
+    Over the last ``window`` queries ``C`` is the mean weight of each entry, and ``v' = sum of C * v`` over its ``top``
+    heaviest entries, per query head. A KV head lies as far from the mean of all ``v'`` as the farthest of its query heads.
+    From the first layer to the last, ``share * Hkv`` heads become ``least``, linearly; of several the last is the nearest.
+    Forwards of fewer tokens than the window leave the marks as they are.
+    """
+
+    top: int = 256
+    share: float = 0.25
+    least: int = 1
+
+    def fixed_bytes(self, key_dim: int, group: int) -> float:
+        return 4.0
+
+    def observe(self, view: View) -> None:
+        super().observe(view)
+        judged = torch.tensor([new >= self.window for new in view.new_tokens], device=view.positions.device)
+        if bool(judged.any()):
+            order, before = self.order(view), view.statistic(WHOLE)
+            kept = torch.zeros_like(order) if before is None else before
+            view.set_statistic(WHOLE, torch.where(judged[:, None], order, kept))
+
+    def count(self, heads: int, depth: float) -> int:
+        """Heads to keep whole at ``depth`` (0: first layer, 1: last one), at most all of them."""
+        most = heads * self.share
+        return min(heads, max(0, round(most - (most - self.least) * depth)))
+
+    def order(self, view: View) -> Tensor:
+        """`WHOLE` as this forward's queries find it: float32 ``[B, Hkv]``."""
+        weights = view.window_attention(self.window).mean(3)
+        best = weights.topk(min(self.top, weights.shape[-1]), dim=-1)
+        index = best.indices[..., None]
+        values = view.values.float()[:, :, None].expand(*weights.shape, -1)
+        values = values.gather(3, index.expand(*index.shape[:-1], values.shape[-1]))
+        vectors = (best.values[..., None] * values).sum(3)
+        distance = (vectors - vectors.mean((1, 2), keepdim=True)).norm(dim=-1).amax(-1)
+        ranked = distance.argsort(dim=-1, descending=True, stable=True)
+        count = self.count(view.num_kv_heads, view.layer.depth)
+        chosen = ranked[:, :count].clone()
+        if count > 1:
+            chosen[:, -1] = ranked[:, -1]
+        places = torch.arange(1, count + 1, device=distance.device).to(distance).expand_as(chosen)
+        return torch.zeros_like(distance).scatter_(1, chosen, places)
