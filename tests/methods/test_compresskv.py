@@ -54,7 +54,7 @@ def voted(heads: Sequence[Sequence[int]], window: int = 8, kernel: int = 5):
     return rule
 
 
-@pytest.mark.parametrize("sizes", [[150] + [1] * 20, chunks(150, 40) + [1] * 10], ids=len)
+@pytest.mark.parametrize("sizes", [[100] + [1] * 10, chunks(100, 40) + [1] * 6], ids=len)
 def test_the_selected_heads_vote_for_all(sizes):
     model, heads = tiny_model("llama"), [[3, 1], [0, 2]]
     cache = KVCache(model, with_heads(model, heads, [0.5, 0.5]), 40, when="every(1)")

@@ -33,7 +33,7 @@ def unimportant_for(window: int, recent: int, strength: float = 1.0):
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=lambda h: f"{h[0]}q{h[1]}kv")
-@pytest.mark.parametrize("sizes", [[150] + [1] * 40, chunks(150, 37) + [1] * 10], ids=len)
+@pytest.mark.parametrize("sizes", [[100] + [1] * 12, chunks(100, 37) + [1] * 6], ids=len)
 def test_entries_leave_when_nobody_wanted_them_for_long(heads, sizes):
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
     cache = KVCache(model, "corm(window=12, recent=8, every=1)")

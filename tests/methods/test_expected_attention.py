@@ -134,7 +134,7 @@ def test_moments_count_as_bytes(covariance):
     model = tiny_model("llama")
     text = f"expected_attention(covariance={covariance})"
     plain, cache = KVCache(model, "streaming_llm", "64KiB"), KVCache(model, text, "64KiB")
-    run(model, cache, random_text(200), [150] + [1] * 50)
+    run(model, cache, random_text(170), [150] + [1] * 20)
     cache.check_integrity()
     held = sum(x.untyped_storage().nbytes() for layer in cache.enforcer.layers for x in layer.statistics.values())
     assert held == 4 * cache.enforcer.cost.fixed  # 2 layers of 2 KV heads
@@ -228,6 +228,6 @@ def test_texts_must_be_as_announced(folder):
 def test_moments_count_where_another_scorer_judges_the_answer():
     model = tiny_model("llama")
     cache = KVCache(model, "expected_attention+scope(recent=8)", "64KiB")
-    run(model, cache, random_text(180), [130] + [1] * 50)
+    run(model, cache, random_text(150), [130] + [1] * 20)
     assert cache.enforcer.cost.fixed == 4 * 2 * (16 + 136)
     assert all(set(layer.statistics) == {"query mean", "query covariance"} for layer in cache.enforcer.layers)

@@ -70,14 +70,14 @@ def test_one_span_is_the_scorer_alone():
     model, ids = tiny_model("llama"), random_text(160)
     for text in ("knorm", "snapkv(window=8)"):
         fair, plain = KVCache(model, f"{text}+fair", 40), KVCache(model, text, 40)
-        logits = [run(model, cache, ids, [140] + [1] * 20) for cache in (fair, plain)]
+        logits = [run(model, cache, ids, [148] + [1] * 12) for cache in (fair, plain)]
         assert logits[0].equal(logits[1])
 
 
 def test_quotas_go_on_while_decoding_and_protection_comes_first():
     model = tiny_model("llama")
     cache = KVCache(model, "streaming_llm(sinks=30)+fair(cuts=(100,))", 60, protect=[(120, 130)])
-    run(model, cache, random_text(200), [150] + [1] * 50)
+    run(model, cache, random_text(166), [150] + [1] * 16)
     for layer in range(2):
         for row in kept_positions(cache, layer):
             assert set(range(30)) <= set(row) and set(range(120, 130)) <= set(row) and len(row) <= 60
@@ -87,7 +87,7 @@ def test_whitelisted_positions_stay_inside_the_budget():
     model = tiny_model("llama")
     marked = [(20, 30), (60, 75)]
     cache = KVCache(model, "knorm+fair(cuts=(50,))", 60, protect=marked)
-    run(model, cache, random_text(180), [150] + [1] * 30)
+    run(model, cache, random_text(164), [150] + [1] * 14)
     for layer in range(2):
         for row in kept_positions(cache, layer):
             assert len(row) <= 60 and all(set(range(*span)) <= set(row) for span in marked)

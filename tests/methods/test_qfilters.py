@@ -91,7 +91,7 @@ def test_keys_along_the_filters_stay(recent):
     model = tiny_model("llama")
     filters = calibrated(model)
     cache = KVCache(model, f"qfilters(recent={recent})", 24, when="every(1)")
-    run(model, cache, random_text(150), chunks(130, 50) + [1] * 20, Brute(projecting(list(filters), recent), 24))
+    run(model, cache, random_text(150), chunks(142, 50) + [1] * 8, Brute(projecting(list(filters), recent), 24))
 
 
 def test_the_projection_orders_keys_as_their_mean_attention_does():

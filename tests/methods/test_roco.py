@@ -37,7 +37,7 @@ def steady_and_low(share: float = 0.3, sinks: int = 4, recent: int = 10):
 
 @pytest.mark.parametrize(
     ("heads", "sizes"),
-    [((4, 2), [150] + [1] * 30), ((3, 1), chunks(150, 20) + [1] * 10), ((4, 4), [7] * 15)],
+    [((4, 2), [120] + [1] * 12), ((3, 1), chunks(110, 20) + [1] * 6), ((4, 4), [7] * 15)],
     ids=["one pass", "strides of 20", "strides of 7, MHA"],
 )
 def test_kept_entries_follow_mean_and_deviation(heads, sizes):
@@ -50,7 +50,7 @@ def test_kept_entries_follow_mean_and_deviation(heads, sizes):
 def test_strides_while_decoding():
     model = tiny_model("llama")
     cache = KVCache(model, "roco(unstable_share=0.5, recent=4)", 80)
-    run(model, cache, random_text(150), [120] + [1] * 30, Brute(steady_and_low(0.5, recent=4), 80, every=8))
+    run(model, cache, random_text(138), [120] + [1] * 18, Brute(steady_and_low(0.5, recent=4), 80, every=8))
 
 
 def layer_with(received: Tensor, squared: Tensor) -> View:

@@ -133,12 +133,12 @@ def test_about_k_entries_are_read_of_new_text():
 def test_text_goes_through_it_and_another_calibration_is_refused():
     model, ids = tiny_model("llama"), random_text(120)
     fitted(model)
-    full, sparse = (run(model, KVCache(model, p), ids, [100] + [1] * 20) for p in ("full", "top_theta"))
+    full, sparse = (run(model, KVCache(model, p), ids, [112] + [1] * 8) for p in ("full", "top_theta"))
     assert sparse[:, :16].allclose(full[:, :16], atol=1e-4) and not sparse.allclose(full, atol=1e-2)
-    bare = run(model, KVCache(model, "top_theta(mean_value=False)"), ids, [100] + [1] * 20)
+    bare = run(model, KVCache(model, "top_theta(mean_value=False)"), ids, [112] + [1] * 8)
     assert not bare.allclose(sparse, atol=1e-3)
     both = KVCache(model, "snapkv(window=8)+top_theta", 40)
-    run(model, both, ids, [100] + [1] * 20)
+    run(model, both, ids, [112] + [1] * 8)
     assert both.enforcer.evictions > 0
     with pytest.raises(PolicyError, match="calibrated on weights, not on logits"):
         KVCache(model, "top_theta(on=logits)")
