@@ -103,9 +103,9 @@ class Enforcer(Shares):
             over = [
                 sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
             ]
-        fresh = new_tokens or view.new_tokens
-        due = self._due(layer, view, fresh)
+        due = self._due(layer, view, new_tokens)
         if any(over) or any(due):
+            fresh = new_tokens or view.new_tokens
             targets = [self._target(layer, b, limits[b], fresh[b]) for b in range(layer.batch_size)]
             self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
@@ -169,12 +169,12 @@ class Enforcer(Shares):
         self.measured = [list(row) for row in zip(*shares, strict=True)]
         return True
 
-    def _due(self, layer: LayerCache, view: View, new_tokens: Sequence[int]) -> list[bool]:
+    def _due(self, layer: LayerCache, view: View, new_tokens: Sequence[int] | None) -> list[bool]:
         """Sequences in which entries below the policy's threshold leave now: after every ``every``-th of their tokens."""
         if self.parts.threshold is None:
             return [False] * layer.batch_size
-        every = self.parts.trigger.every
-        passed = [seen // every > (seen - new) // every for seen, new in zip(layer.seen, new_tokens, strict=True)]
+        every, fresh = self.parts.trigger.every, new_tokens or view.new_tokens
+        passed = [seen // every > (seen - new) // every for seen, new in zip(layer.seen, fresh, strict=True)]
         return [view.queries is None or p for p in passed]
 
     def _evict(
