@@ -1,5 +1,6 @@
 """Scores against kvpress's own, on the same weights and text, where KVBUDGET_KVPRESS_PYTHON names a Python that has it."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -69,8 +70,6 @@ PAIRS = {
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """Scores ``[1, Hkv, T]`` of every pair and layer: kvpress's and ours."""
-    import json
-
     folder = tmp_path_factory.mktemp("kvpress")
     os.environ["KVBUDGET_CACHE"] = str(folder)
     model, ids = tiny_model("llama", num_attention_heads=6, num_key_value_heads=2), random_text(300)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvbudget.cache import KVCache
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.methods import parse, registry
-from residency import model_tensors, resident_bytes
+from residency import model_tensors, resident_bytes, resident_tensors
 from tiny import left_padded, random_text, tiny_model
 
 # Methods as they fit texts of some hundred tokens; the others are taken with their defaults.
@@ -45,7 +45,7 @@ def feed(
     model: PreTrainedModel, cache: KVCache, ids: Tensor, sizes: Sequence[int], mask: Tensor | None = None
 ) -> Tensor:
     """Forwards of these sizes, everything checked after each of them; logits of all columns."""
-    known = model_tensors(model)
+    known = [*model_tensors(model), *resident_tensors(cache.policy)]  # a calibration belongs to the model
     logits, begin = [], 0
     for size in sizes:
         end = begin + size
