@@ -26,7 +26,7 @@ lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check -q .
 	@$(BIN)/mypy --no-error-summary
 
-# The native kernels under AddressSanitizer and UBSan (GCC); the compiler takes several minutes.
+# The native kernels under AddressSanitizer and UBSan, with GCC.
 sanitize: $(VENV)/.stamp-dev
 	@$(PIP) cmake nanobind
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/sanitize.sh

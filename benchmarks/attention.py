@@ -22,7 +22,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvbudget import kernels
-from kvbudget.kernels import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
+from kvbudget.kernels import (
+    ChannelQuantOperand,
+    CodebookOperand,
+    DenseOperand,
+    Operand,
+    TokenQuantOperand,
+    encode,
+    flash,
+    packed_width,
+    reference,
+)
 
 SHAPES = [(9, 3, 64), (32, 8, 64), (9, 3, 128), (32, 8, 128)]
 GROUP = 32
@@ -107,6 +117,14 @@ def quantized(lengths: Sequence[int], width: int, bits: int) -> tuple[Operand, O
     )
     nbytes = sum(t.nbytes for o in (key, value) for t in (o.codes, o.scale, o.zero))
     return key, value, nbytes
+
+
+def codebook(lengths: Sequence[int], width: int) -> tuple[Operand, Operand, int]:
+    """Coupled quantization at one bit per channel: groups of 8 channels, 256 codewords each."""
+    words = torch.randn(2, len(lengths), 1, width // 8, 256, 8)
+    codes = torch.randint(0, 256, (2, sum(lengths), 1, width // 8)).to(torch.uint8)
+    key, value = (CodebookOperand(codes[i], words[i], starts_of(lengths)) for i in range(2))
+    return key, value, codes.nbytes
 
 
 def dense(lengths: Sequence[int], width: int, dtype: torch.dtype) -> tuple[Operand, Operand, int]:
@@ -197,6 +215,7 @@ def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse
         )
     for bits in (8, 4, 2):
         variants.append(ours(f"{bits} bits", lambda bits=bits: quantized(lengths, width, bits), query, lengths, limit))
+    variants.append(ours("codebook, 1 bit", lambda: codebook(lengths, width), query, lengths, limit))
     if length <= 32768:
         variants += [dequantize_then_sdpa(heads, kv_heads, width, length, bits) for bits in (4, 2)]
     mean = length // GROUP * GROUP
@@ -236,6 +255,55 @@ def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse
     return records
 
 
+def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: int = 3) -> list[dict[str, Any]]:
+    """Column sums and window weights of a prompt in one KV head, and integer encoding, beside what they replace."""
+    query, key = torch.randn(1, groups * tokens, width), torch.randn(tokens, width)
+    lse = torch.full((1, groups * tokens), math.log(tokens))
+
+    def options(steps: int) -> dict[str, Any]:
+        return {
+            "scale": width**-0.5, "causal_tail": steps, "entry_starts": [0],
+            "positions": torch.arange(tokens).int(), "query_positions": tokens - steps + torch.arange(steps)[None],
+        }  # fmt: skip
+
+    operand, window = DenseOperand(key, [0]), groups * 32
+    whole, few = options(tokens), options(32)
+    newest, its_lse = query[:, -window:].contiguous(), lse[:, -window:].contiguous()
+    grid = query.view(groups, tokens, width), key[None], key[None]
+    rows = torch.randn(16384, width).bfloat16()
+    pairs = {
+        "sums of the causal weights": (
+            lambda: kernels.mass(query, operand, [tokens], lse, **whole),
+            lambda: reference.mass(query, operand, [tokens], lse, **whole),
+        ),
+        "causal flash attention": (lambda: flash.causal_grid_attend(*grid, scale=width**-0.5), None),
+        "weights of the last 32 queries": (
+            lambda: kernels.weights(newest, operand, [tokens], its_lse, **few),
+            lambda: reference.weights(newest, operand, [tokens], its_lse, **few),
+        ),
+        "encode 16384 entries, 4 bits per token": (
+            lambda: kernels.encode_tokens(rows, 4, GROUP),
+            lambda: encode.encode_tokens(rows, 4, GROUP),
+        ),
+        "encode 16384 entries, 4 bits per channel": (
+            lambda: kernels.encode_units(rows, 4, GROUP),
+            lambda: encode.encode_units(rows, 4, GROUP),
+        ),
+    }
+    clock, records = clock_of(threads), []
+    print(
+        f"\nprefill helpers: one KV head, {groups} query heads, head_dim {width}, {tokens} tokens\n{'':42}{'ms':>9}{'torch ms':>10}"
+    )
+    for name, (native, plain) in pairs.items():
+        ours, theirs = Variant(name, [native], 0, 0), Variant(name, [plain or native], 0, 0)
+        for _ in range(6):
+            ours.step(clock)
+            theirs.step(clock)
+        records.append({"variant": name, "ms": ours.median * 1e3, "torch_ms": theirs.median * 1e3 if plain else None})
+        print(f"{name:42}{ours.median * 1e3:9.2f}" + (f"{theirs.median * 1e3:10.2f}" if plain else ""), flush=True)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -248,11 +316,12 @@ def main() -> None:
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
     records = []
     for heads, kv_heads, width in SHAPES:
-        for length in map(int, args.lengths.split(",")):
+        for length in map(int, filter(None, args.lengths.split(","))):
             records += run_shape(heads, kv_heads, width, length, args)
+    helpers = prefill_helpers(args.threads)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"threads": args.threads, "records": records}, indent=1))
+        args.json.write_text(json.dumps({"threads": args.threads, "records": records, "prefill": helpers}, indent=1))
 
 
 if __name__ == "__main__":

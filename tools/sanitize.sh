@@ -4,12 +4,10 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 build=build/sanitize
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
-  -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CXX_FLAGS="$flags" \
-  -DCMAKE_MODULE_LINKER_FLAGS="-fsanitize=address,undefined"
+cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DKVBUDGET_SANITIZE=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+  -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)"
 cmake --build "$build" --parallel
 # The interpreter itself is not instrumented: its leaks are not ours, and the runtime has to be loaded before it.
-KVBUDGET_NATIVE_DIR="$PWD/$build" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+PYTHONPATH="$PWD/src" KVBUDGET_NATIVE_DIR="$PWD/$build" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
   LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   "$python" -m pytest tests/kernels -q -p no:cacheprovider
