@@ -175,6 +175,8 @@ def _costs(cells: Cells) -> Iterator[str]:
     """Bytes and speed, on the first task."""
     name = title(cells[0])
     yield from (f"## Cost ({name})", "")
+    yield "Times are of the wall clock, whatever else the machine was doing: compare them only where it was quiet."
+    yield ""
     yield "| policy | budget | steady | of full | peak | prefill s | compression s | decode tokens/s |"
     yield "|---|---|---|---|---|---|---|---|"
     for cell in (c for c in cells if title(c) == name and c["scores"]):
