@@ -31,7 +31,9 @@ def leaderboard(cells: Cells) -> str:
         mine = [c for c in cells if title(c) == name]
         if any(c["scores"] for c in mine):
             lines += [*_task(name, mine), *_distances(mine), *_depths(mine)]
-    lines += [*_costs(cells), *_failures(cells), "## How it was measured", "", "```sh", commands(cells), "```", ""]
+    lines += [*_costs(cells), *_failures(cells), "## How it was measured", ""]
+    lines += ["Into one `--results` file, from which `kvbudget report --markdown` wrote this page.", ""]
+    lines += ["```sh", commands(cells), "```", ""]
     lines.append(", ".join(f"{name} {number}" for name, number in first["versions"].items()) + ".")
     return "\n".join(lines) + "\n"
 
@@ -173,6 +175,8 @@ def _costs(cells: Cells) -> Iterator[str]:
     """Bytes and speed, on the first task."""
     name = title(cells[0])
     yield from (f"## Cost ({name})", "")
+    yield "Times are of the wall clock, whatever else the machine was doing: compare them only where it was quiet."
+    yield ""
     yield "| policy | budget | steady | of full | peak | prefill s | compression s | decode tokens/s |"
     yield "|---|---|---|---|---|---|---|---|"
     for cell in (c for c in cells if title(c) == name and c["scores"]):
