@@ -5,6 +5,7 @@ import torch
 from brute import best, kept_positions
 from torch.nn.functional import max_pool1d
 
+import kvbudget
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
 from tiny import left_padded, random_text, tiny_model
@@ -111,3 +112,26 @@ def test_refusals():
         KVCache(tiny_model("llama"), "laq", "1MiB")
     with pytest.raises(PolicyError, match="window=0 above 0"):
         KVCache(tiny_model("llama"), "laq(tokens=0, window=0)", 50)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_drafted_answer_finds_more_than_the_question(shared_data):
+    """A needle with the question at the prompt's end, 8% of the cache: mean log-probability of the digits."""
+    model, tokenizer = kvbudget.load("smollm2-135m")
+    words = (shared_data / "books" / "moby_dick.txt").read_text(encoding="utf-8")[20000:].split(" ")
+    context = " ".join([*words[:200], "The special magic number for Lagos is 90377.", *words[200:600]])
+    prompt = (
+        f"<|im_start|>user\n{context}\n\nWhat is the special magic number for Lagos?<|im_end|>\n<|im_start|>assistant\n"
+        "The special magic number for Lagos is "
+    )
+    ids, answer = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, "90377"))
+    logs = {}
+    for policy in ("snapkv(window=16)", "laq(first=16)"):
+        cache = KVCache(model, policy, "8%", max_length=ids.shape[1])
+        cache.prefill(model, ids[:, :-1])
+        with torch.inference_mode():
+            logits = model(torch.cat([ids[:, -1:], answer], dim=1), past_key_values=cache).logits[0, :-1]
+        logs[policy] = logits.log_softmax(-1).gather(1, answer[0][:, None]).mean().item()
+    assert logs["laq(first=16)"] > logs["snapkv(window=16)"] + 0.5, logs
+    assert logs["laq(first=16)"] > -0.5, logs
