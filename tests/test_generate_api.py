@@ -119,7 +119,8 @@ def test_auto_reconstructs_for_a_hidden_question_and_says_why(model, tokenizer, 
     visible = kvbudget.generate(
         model, tokenizer, CONTEXT * 2, question="who?", question_visible=True, budget="30%", max_new_tokens=3
     )
-    assert visible.report.policy == "snapkv+adakv"
+    # Which one is a matter of measurements (`auto_table.json`); it needs no plan, and the reason names the question.
+    assert visible.report.policy not in ("kvzip", "full") and "question is visible" in visible.report.reason
 
 
 def test_the_system_message_is_protected(model, tokenizer):

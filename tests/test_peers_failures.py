@@ -289,7 +289,7 @@ def test_no_method_downloads_anything(monkeypatch: pytest.MonkeyPatch):
             with pytest.raises(PolicyError):
                 KVCache(model, name, 200)
             continue
-        past = KVCache(model, name, None if name in ("full", "kivi") else 200)
+        past = KVCache(model, name, None if name in ("full", "kivi") else 280)
         past.prefill(model, TEXT)
         past.check_integrity()
 

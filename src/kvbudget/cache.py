@@ -366,7 +366,7 @@ class KVCache(Cache):
             if isinstance(layer, AttentionLayer):
                 store = layer.store
                 store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
-                store.statistics, store.marks = {}, []
+                store.statistics, store.marks, store.prompt = {}, [], []
                 layer.columns = 0
             else:
                 self.layers[index] = LinearAttentionLayer()

@@ -31,6 +31,7 @@ SMALL = {
     "scope": "snapkv(window=16)+scope(recent=16)",
     "morphkv": "morphkv(window=16)",
     "windowkv": "windowkv(window=16, group=2)",
+    "task_kv": "task_kv(window=16, sinks=4, recent=16)",
 }
 ELSEWHERE = {"plan", "calibration", "driver"}
 METHODS = [name for name, kind in registry().items() if not ELSEWHERE & set(kind.needs)]

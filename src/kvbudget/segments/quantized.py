@@ -42,7 +42,8 @@ class CodecStore:
             due.append(over // codec.lump * codec.lump)
         if not any(due):
             return
-        if len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
+        stays = len(set(due)) == 1 and due[0] < self.tail.lengths[0]
+        if stays and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
             oldest = self.tail.grid("data")[:, : due[0]].flatten(0, 1)
             self.sealed.append(codec.encode(oldest), [n // codec.unit for n in due])
             self.tail.drop(due[0])
