@@ -1,4 +1,4 @@
-"""Measures what ragged heads cost in decode: snapkv+adakv against uniform snapkv and the full cache, in turns.
+"""Measures what ragged heads cost in decode: snapkv+adakv and kvzip against uniform snapkv and the full cache, in turns.
 
 Every round decodes one token with each cache, so that a slow moment of the machine touches all of them; the figure is the
 ratio of medians. Without a model name, a random model with SmolLM2-135M's cache geometry and narrow layers stands in: there
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import kvbudget
 
-POLICIES = ("snapkv", "snapkv+adakv", "full")
+POLICIES = ("snapkv", "snapkv+adakv", "kvzip", "full")
 
 
 def filled(model: PreTrainedModel, policy: str, budget: str, ids: torch.Tensor) -> kvbudget.KVCache:
