@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvbudget
 from kvbudget import KVCache
+from kvbudget.calibrate import calibrate
 from kvbudget.eval.replay import record, replay
 from kvbudget.eval.texts import passages
 from kvbudget.methods import registry
@@ -62,10 +63,15 @@ def test_plain_generate_is_transformers_own(smollm2, prompt, plain):
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
-def test_every_lossless_recipe_answers_as_the_full_cache_while_everything_fits(smollm2, prompt, plain, recording, name):
+@pytest.mark.parametrize("name", [*LOSSLESS, "razor_attention"])
+def test_every_lossless_recipe_answers_as_the_full_cache_while_everything_fits(
+    smollm2, prompt, plain, recording, tmp_path, name
+):
     """Each token of the full cache's answer is the most likely one here too, so greedy decoding gives the same answer."""
     model, _ = smollm2
+    if name == "razor_attention":
+        path = calibrate(name, model, tmp_path / "heads.safetensors", block=128, repeats=2)
+        name = f"razor_attention(heads={str(path)!r})"
     cache = replay(recording, KVCache(model, name, PROMPT + NEW + 1))
     found = [int(recording.logits.argmax(-1))]
     with torch.inference_mode():
