@@ -18,7 +18,7 @@ from kvbudget.methods import parse
 from kvbudget.models import load
 
 # The digits of the key are tokens of their own, so pooling must be wide enough to keep them together.
-SETTINGS = ("snapkv(kernel=15)@10%", "kivi(bits=4)@36MiB")
+SETTINGS = ("snapkv(kernel=15)@10%", "kivi(bits=4)@40MiB")
 QUESTION = "Question: What is the pass key?\nAnswer: The pass key is "
 
 
