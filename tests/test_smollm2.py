@@ -1,5 +1,7 @@
 """The main job on the real model: greedy answers after a long prompt are those of transformers' own cache."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -61,6 +63,12 @@ def test_plain_generate_is_transformers_own(smollm2, prompt, plain):
     )  # fmt: skip
     assert out[0, PROMPT:].tolist() == plain
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("setting", import_module("kvbudget.cli.demo").SETTINGS)
+def test_the_demos_budgets_hold_the_longest_text_that_it_may_find(smollm2, setting):
+    policy, _, budget = setting.rpartition("@")
+    KVCache(smollm2[0], policy, budget).enforcer.admit([4096 + 100])  # the text, the question and the answer
 
 
 @pytest.mark.parametrize("name", [*LOSSLESS, "razor_attention"])
