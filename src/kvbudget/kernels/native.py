@@ -254,19 +254,21 @@ def lane(
     if dtype not in (torch.float32, torch.bfloat16):
         return None
     described = []
-    for *sides, starts, positions in portions:
-        if positions.dtype is not torch.int32:
-            return None
-        for sealed, unit, tail in sides:
+    for keys, values, starts, positions in portions:
+        sides = []
+        for sealed, unit, tail in (keys, values):
             views = [() if x is None else _describe(x) for x in (sealed, tail)]
             if None in views:
                 return None
-            described.append((views[0], unit, views[1]))
-        key, value = described[-2:]
-        described[-2:] = [(key, value, starts, positions.data_ptr())]
+            sides.append((views[0], unit, views[1]))
+        if positions.dtype is not torch.int32:
+            return None
+        described.append((*sides, starts, positions.data_ptr()))
     if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
         return None
-    handle = _native.Lane(rows, queries, described, *room, [state.data_ptr() for state in states])
+    entries, key_tail, value_tail = room
+    zeroed = [state.data_ptr() for state in states]
+    handle = _native.Lane(rows, queries, described, entries, key_tail, value_tail, zeroed)
     return Lane(handle, _TYPES[dtype])
 
 

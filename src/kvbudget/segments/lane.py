@@ -8,25 +8,26 @@ import torch
 from torch import Tensor
 
 from kvbudget import kernels
-from kvbudget.segments.base import Segment, Side
+from kvbudget.segments.base import Segment
 
 
 class Lane:
     """Appends one entry to every row of the last of ``segments`` and attends to all that they hold.
 
     It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front`` of
-    the segments are a destination's own and take no part in attention mass, ``wanted`` says that mass is asked for. Where the segments cannot be served,
-    `step` says None until something moves, and whoever asks takes the longer way.
+    the segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where
+    the segments cannot be served, `step` says None until something moves, and whoever asks takes the longer way.
     """
 
     def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
-        sides = [segment.sides() for segment in segments]
+        found = [segment.sides() for segment in segments]
+        sides = [pair for pair in found if pair is not None]
         self.segments, self.main = segments, segments[front:]
         self.front = front
         self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
         self.handle = None
         self.kept, self.wanted = False, wanted
-        if None in sides or "count" in segments[-1].meta.columns:
+        if len(sides) < len(segments):
             return
         self.held = [(k.cells, v.cells, s.meta) for s, (k, v) in zip(segments, sides, strict=True)]
         newest = segments[-1].meta
