@@ -45,11 +45,13 @@ class Asked:
 class Place:
     """Whose units a call codes: ``rows [N]`` int64 is the row of each, ``state`` holds what rows keep, ``[R, ...]`` each.
 
-    Row r is KV head ``r % Hkv``. ``salience [N * unit]`` float32 is what `Codec.judge` found, if anything.
+    Row r is KV head ``r % Hkv``. When they are encoded, ``positions [N * unit]`` are those of the entries and ``salience
+    [N * unit]`` float32 is what `Codec.judge` found, if anything.
     """
 
     rows: Tensor
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
     salience: Tensor | None = None
 
     def of(self, name: str) -> Tensor:
@@ -131,8 +133,8 @@ class Codec(ABC):
         """
         return None
 
-    def sizes(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """Bytes of each unit in the payload of a `variable` codec: int64 ``[N]``."""
+    def sizes(self, columns: Mapping[str, Tensor], width: int) -> Tensor:
+        """Bytes of each unit of ``width`` channels in the payload of a `variable` codec: int64 ``[N]``."""
         raise NotImplementedError
 
     def payload_bytes(self, width: int) -> int:
@@ -175,4 +177,5 @@ class Stage(Codec):
 def alone(codec: Codec, x: Tensor, asked: Asked | None = None) -> Place:
     """The place of ``x [N * unit, D]`` as the first units of a single row."""
     state = {name: found[None] for name, found in codec.start(x, 0, asked).items()}
-    return Place(torch.zeros(len(x) // codec.unit, dtype=torch.long, device=x.device), state)
+    rows = torch.zeros(len(x) // codec.unit, dtype=torch.long, device=x.device)
+    return Place(rows, state, torch.arange(len(x), device=x.device))

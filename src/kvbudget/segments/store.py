@@ -101,7 +101,7 @@ class CodecStore:
         cells = {name: column[at] for name, column in self.sealed.columns.items()}
         if codec.variable:
             before = {name: column[start : at.start] for name, column in self.sealed.columns.items()}
-            skip, size = int(codec.sizes(before).sum()), int(codec.sizes(cells).sum())
+            skip, size = int(codec.sizes(before, data.shape[-1]).sum()), int(codec.sizes(cells, data.shape[-1]).sum())
             cells["payload"] = self.payload.row("payload", row)[skip : skip + size]
         rows = torch.full((at.stop - at.start,), row, device=data.device)
         dense = codec.decode(cells, Place(rows, self.state))
@@ -211,12 +211,10 @@ class CodecStore:
         self, x: Tensor, due: list[int], fresh: list[bool], asked: Asked | None, salience: Tensor | None
     ) -> None:
         codec = self.codec
+        begins = zip(self.coded, due, strict=True)
+        positions = torch.cat([self.meta.row("position", r)[b : b + n] for r, (b, n) in enumerate(begins)])
         if self.rotation is not None:
-            begins = self.coded
-            positions = [
-                self.meta.row("position", r)[b : b + n] for r, (b, n) in enumerate(zip(begins, due, strict=True))
-            ]
-            x = self.rotation.strip(x.float(), torch.cat(positions))
+            x = self.rotation.strip(x.float(), positions)
         if any(fresh):
             for r, entries in enumerate(x.split(due)):
                 if fresh[r]:
@@ -224,10 +222,10 @@ class CodecStore:
             self.started = [s or f for s, f in zip(self.started, fresh, strict=True)]
         units = [n // codec.unit for n in due]
         rows = torch.arange(len(units), device=x.device).repeat_interleave(torch.tensor(units, device=x.device))
-        cells = codec.encode(x, Place(rows, self.state, salience))
+        cells = codec.encode(x, Place(rows, self.state, positions, salience))
         if codec.variable:
             payload = cells.pop("payload")
-            sizes = codec.sizes(cells).split(units)
+            sizes = codec.sizes(cells, x.shape[-1]).split(units)
             self.payload.append({"payload": payload}, [int(size.sum()) for size in sizes])
         self.sealed.append(cells, units)
 
@@ -240,8 +238,9 @@ class CodecStore:
 
     def _sizes(self) -> list[Tensor]:
         """Bytes of the units of each row."""
-        names = list(self.sealed.columns)
-        return [self.codec.sizes({name: self.sealed.row(name, r) for name in names}) for r in range(len(self.started))]
+        names, width = list(self.sealed.columns), self.tail.columns["data"].shape[-1]
+        rows = range(len(self.started))
+        return [self.codec.sizes({name: self.sealed.row(name, r) for name in names}, width) for r in rows]
 
     def _most(self) -> int:
         return self.codec.payload_bytes(self.tail.columns["data"].shape[-1]) if self.codec.variable else 0
