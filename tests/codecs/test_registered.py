@@ -19,7 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 from test_registry import feed
 
 # Codecs as they fit texts of some hundred tokens; the others are taken with their defaults.
-SMALL = {"kivi": "kivi(group=16, residual=16)"}
+SMALL = {
+    "kivi": "kivi(group=16, residual=16)",
+    "gear": "gear(group=16)",
+    "zipcache": "zipcache(gap=20)",
+}
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
 ARTIFACTS: dict[str, dict[str, Tensor]] = {}
 CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
