@@ -23,6 +23,7 @@ SMALL = {
     "kivi": "kivi(group=16, residual=16)",
     "gear": "gear(group=16)",
     "zipcache": "zipcache(gap=20)",
+    "qaq": "qaq(residual=16)",
 }
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
 ARTIFACTS: dict[str, dict[str, Tensor]] = {
