@@ -30,7 +30,7 @@ class CodecStore:
         self.first = RaggedTable(num_rows)
         self.sealed = RaggedTable(num_rows, step=-(-64 // codec.unit))
         self.payload = RaggedTable(num_rows)
-        self.tail = RaggedTable(num_rows)
+        self.tail = RaggedTable(num_rows, step=codec.longest_tail)
         self.first.limits = [codec.sinks] * num_rows
         self.tail.limits = [codec.longest_tail] * num_rows
         self.state: dict[str, Tensor] = {}
@@ -80,8 +80,7 @@ class CodecStore:
         fresh = [n > 0 and not started for n, started in zip(due, self.started, strict=True)]
         if codec.sinks and any(fresh):
             self._set_first([codec.sinks if f else 0 for f in fresh])
-        stays = len(set(due)) == 1 and due[0] < self.tail.lengths[0]
-        if stays and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
+        if len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
             self._encode(self.tail.grid("data")[:, : due[0]].flatten(0, 1), due, fresh, asked, salience)
             self.tail.drop(due[0])
             return
@@ -222,7 +221,10 @@ class CodecStore:
     def _encode(
         self, x: Tensor, due: list[int], fresh: list[bool], asked: Asked | None, salience: Tensor | None
     ) -> None:
-        codec = self.codec
+        codec, units = self.codec, [n // self.codec.unit for n in due]
+        if not codec.placed and self.rotation is None and not any(fresh):
+            self.sealed.append(codec.encode(x), units)
+            return
         begins = zip(self.coded, due, strict=True)
         positions = torch.cat([self.meta.row("position", r)[b : b + n] for r, (b, n) in enumerate(begins)])
         if self.rotation is not None:
@@ -232,7 +234,6 @@ class CodecStore:
                 if fresh[r]:
                     self._start(r, codec.start(entries, r, asked))
             self.started = [s or f for s, f in zip(self.started, fresh, strict=True)]
-        units = [n // codec.unit for n in due]
         rows = torch.arange(len(units), device=x.device).repeat_interleave(torch.tensor(units, device=x.device))
         cells = codec.encode(x, Place(rows, self.state, x.shape[-1], positions, salience))
         if codec.variable:
