@@ -155,7 +155,8 @@ class CodecStore:
             self.sealed.take(units, -(-spare // unit))
         if self.first.columns:
             self.first.take(first)
-        self.tail.take(tail)
+        if tail.sum() < self.tail.total:
+            self.tail.take(tail, max(0, self.codec.longest_tail - int(tail.sum(1).max())))
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""
