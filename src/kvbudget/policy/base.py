@@ -92,7 +92,11 @@ class LayerAllocator(Part, ABC):
 
     measures: ClassVar[bool] = False
     joint: ClassVar[bool] = False
-    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward."""
+    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward, or of a round (`ends_round`)."""
+
+    def ends_round(self, index: int) -> bool:
+        """Whether a ``joint`` allocator ranks and evicts after layer ``index`` too: the layers so far share the total."""
+        return False
 
     def rank(self, scores: Sequence[Tensor], total: int) -> list[float]:
         """Entries of one sequence that each layer may keep of ``total``, from all layers' ``scores[l] [Hkv, T_l]``.

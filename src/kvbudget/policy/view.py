@@ -184,11 +184,18 @@ class View:
         query, lse = queries.last(last)
         width, parts = query.shape[2], []
         for segment, rows in self.layer.masses(query, lse, queries, summed=False):
-            padded = query.new_zeros(len(rows), len(rows[0]), segment.longest, dtype=torch.float32)
-            for cells, row in zip(padded, rows, strict=True):
-                cells[:, : row.shape[1]] = row
-            parts.append(padded.unflatten(1, (-1, width)))
+            parts.append(_padded(rows, segment.longest).unflatten(1, (-1, width)))
         return self._heads(torch.cat(parts, dim=-1))
+
+    def mass(self, last: int | None = None) -> Tensor:
+        """Attention that entries receive from the newest ``last`` queries (None: all): float32 ``[B, Hkv, T]``.
+
+        Summed over queries, mean over the GQA group; what `add_mass` adds to a state.
+        """
+        queries = self._asked()
+        query, lse = queries.last(last)
+        parts = [_padded(rows, segment.longest) for segment, rows in self.layer.masses(query, lse, queries)]
+        return self._heads(torch.cat(parts, dim=-1)) * (self.num_kv_heads / query.shape[1])
 
     def attention_rows(self, last: int | None = None, block: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`window_attention` of the newest ``last`` queries (None: all), in blocks of ``block`` queries (0: a few MiB each).
@@ -235,3 +242,11 @@ class View:
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.batch_size, self.num_kv_heads))
+
+
+def _padded(rows: Sequence[Tensor], longest: int) -> Tensor:
+    """Stacks ``rows[r] [..., T_r]``, filled up with zeros to ``longest`` cells."""
+    out = rows[0].new_zeros(len(rows), *rows[0].shape[:-1], longest, dtype=torch.float32)
+    for cells, row in zip(out, rows, strict=True):
+        cells[..., : row.shape[-1]] = row
+    return out
