@@ -83,7 +83,7 @@ class Enforcer(Shares):
         layers = [layer for layer in self.layers if layer.seen]
         among = self._rank(allocator, layers) if allocator is not None and allocator.joint else None
         if among is not None and not any(among):
-            if self.budget.kind == "bytes":
+            if self.budget.kind != "none":
                 self._level_room(layers)
             return
         for layer in layers:
@@ -217,7 +217,7 @@ class Enforcer(Shares):
             spare = min(spare, self.parts.trigger.every)
         evicted = None
         if self.parts.destination is not None:
-            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), scores.flatten(0, 1))
+            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), keep, scores.flatten(0, 1))
         layer.evict(keep, spare)
         self.evictions += 1
         if self.parts.destination is not None and evicted is not None and evicted.position.numel():
@@ -243,7 +243,8 @@ class Enforcer(Shares):
                 rest = target - sum(held[b]) + sum(held[b][h] for h in free)
                 hint = None if (name := self.parts.heads.statistic) is None else view.statistic(name)
                 hint = None if hint is None else hint[b, free]
-                shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
+                allocator = self.parts.heads.of_layer(layer.layer_idx)
+                shared = allocator.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
                 for h, entries in zip(free, shared, strict=True):
                     split[h] = entries
             else:
@@ -271,15 +272,16 @@ class Enforcer(Shares):
     def _leader(self, index: int) -> int:
         return index if self.parts.layers is None else self.parts.layers.leader(index)
 
-    def _gather(self, layer: LayerCache, gone: Tensor, scores: Tensor) -> Evicted:
+    def _gather(self, layer: LayerCache, gone: Tensor, keep: Tensor, scores: Tensor) -> Evicted:
         begin = 0
         pieces = []
         for segment in layer.main:
             part = gone[:, begin : begin + segment.longest]
             key, value, meta, counts = segment.gather(part)
-            pieces.append((key, value, meta["position"], scores[:, begin : begin + segment.longest][part], counts))
+            columns = [key, value, meta["position"], scores[:, begin : begin + segment.longest][part]]
+            pieces.append((columns + ([meta["count"]] if "count" in meta else []), counts))
             begin += segment.longest
-        return Evicted.join(pieces)
+        return Evicted.join(pieces, scores[keep])
 
     def _slack(self, entries: int, new_queries: int) -> int:
         """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""

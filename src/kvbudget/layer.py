@@ -187,9 +187,10 @@ class LayerCache:
         position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
         # What is missing in an append is filled with zeros, so states are named once.
         new = [name for name in self.states if name not in segment.meta.columns]
-        segment.append(
-            *rows, {"position": position} | {name: torch.zeros_like(position).float() for name in new}, row_counts
-        )
+        meta = {"position": position} | {name: torch.zeros_like(position).float() for name in new}
+        if "count" in self.states:
+            meta["count"] = torch.ones_like(position).float()
+        segment.append(*rows, meta, row_counts)
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
 
     def finish_forward(self) -> None:

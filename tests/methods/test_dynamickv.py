@@ -14,7 +14,7 @@ LAYERS, WINDOW, LENGTH, BUDGET = 5, 8, 140, 30
 
 
 def votes(model, ids):
-    """SnapKV's scores, not pooled (a later round would pool over what is left), of the entries before the window, per layer ``[Hkv, T - W]``."""
+    """Votes of the entries before the window ``[Hkv, T - W]`` per layer, not pooled: later rounds would pool what is left."""
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         attention = model(ids, output_attentions=True).attentions

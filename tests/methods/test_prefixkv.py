@@ -62,7 +62,9 @@ def test_layers_hold_what_the_ratio_leaves_them():
     plain = tiny_model("llama", num_hidden_layers=3)
     plain.set_attn_implementation("eager")
     with torch.inference_mode():
-        sums = [a[0].double().sum(1).unflatten(0, (2, -1)).mean(1) for a in plain(ids, output_attentions=True).attentions]
+        sums = [
+            a[0].double().sum(1).unflatten(0, (2, -1)).mean(1) for a in plain(ids, output_attentions=True).attentions
+        ]
     inner = [s[:, 1:-8] for s in sums]
     curves = [sum(row.sort(descending=True).values for row in s).cumsum(0) / s.sum() for s in inner]
     order = sorted((float(c[n - 1]) if n else 0.0, layer) for layer, c in enumerate(curves) for n in range(len(c)))

@@ -30,7 +30,9 @@ def needed(row: torch.Tensor, theta: float) -> int:
 @pytest.mark.parametrize(("theta", "least"), [(0.9, 0.2), (0.5, 0.0), (0.9, 1.0)])
 def test_layers_get_what_the_formula_says(theta, least):
     model, ids = tiny_model("llama", num_hidden_layers=4), random_text(LENGTH)
-    cache = KVCache(model, f"snapkv(window={WINDOW}, kernel=1)+zigzagkv(window={WINDOW}, theta={theta}, least={least})", BUDGET)
+    cache = KVCache(
+        model, f"snapkv(window={WINDOW}, kernel=1)+zigzagkv(window={WINDOW}, theta={theta}, least={least})", BUDGET
+    )
     run(model, cache, ids, [LENGTH])
     plain = tiny_model("llama", num_hidden_layers=4)
     plain.set_attn_implementation("eager")

@@ -142,6 +142,10 @@ class HeadAllocator(Part, ABC):
         """KV heads of one layer of the model that keep everything."""
         return ()
 
+    def of_layer(self, layer_idx: int) -> HeadAllocator:
+        """The allocator for one layer of the model, where layers differ."""
+        return self
+
     def most(self, seen: int) -> int:
         """Entries that a head that is not pinned keeps at most, of ``seen`` tokens."""
         return seen
@@ -195,34 +199,39 @@ class Granularity(Part):
 
 @dataclass(frozen=True)
 class Evicted:
-    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``."""
+    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``.
+
+    ``count [N]`` are the entries that each stands for, where the layer keeps such a column; ``kept_score`` are the scores of
+    what stays, flat in row order.
+    """
 
     key: Tensor
     value: Tensor
     position: Tensor
     score: Tensor
     counts: list[int]
+    count: Tensor | None = None
+    kept_score: Tensor | None = None
 
     @classmethod
-    def join(cls, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, list[int]]]) -> Evicted:
-        """Joins what left several segments of a layer, each flat in row order, row by row."""
-        if len(pieces) == 1:
-            return cls(*pieces[0])
-        counts = [sum(rows) for rows in zip(*(piece[4] for piece in pieces), strict=True)]
+    def join(cls, pieces: Sequence[tuple[Sequence[Tensor], list[int]]], kept_score: Tensor | None = None) -> Evicted:
+        """Joins what left several segments of a layer, row by row: key, value, position, score and count, if there is one."""
+        counts = [sum(rows) for rows in zip(*(piece[1] for piece in pieces), strict=True)]
         columns = []
-        for index in range(4):
-            parts = [torch.split(piece[index], piece[4]) for piece in pieces]  # type: ignore[arg-type]
+        for index in range(len(pieces[0][0])):
+            parts = [torch.split(piece[0][index], piece[1]) for piece in pieces]
             columns.append(torch.cat([part[r] for r in range(len(counts)) for part in parts]))
-        key, value, position, score = columns
-        return cls(key, value, position, score, counts)
+        return cls(*columns[:4], counts, *columns[4:], kept_score=kept_score)
 
 
 @dataclass(frozen=True)
 class Destination(Part, ABC):
     """What happens to entries that are not kept in place. It may hold segments of its own in front of the layer's."""
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+        return ()
 
     def entry_bytes(self, key_dim: int, value_dim: int) -> float:
         """Bytes of one entry in the destination's own segments; 0 when their size does not grow with their number."""
