@@ -15,7 +15,7 @@ WINDOW, LENGTH, BUDGET = 16, 150, 40
 def test_score_merge_and_drop():
     """One layer, from scratch: the ranking, the candidates, the zero class and the weights."""
     model, ids = tiny_model("llama", num_hidden_layers=1), random_text(LENGTH)
-    cache = KVCache(model, f"ems(window={WINDOW}, candidates=1.5, threshold=0.75)", BUDGET)
+    cache = KVCache(model, f"ems(window={WINDOW}, candidates=1.5, threshold=0.6)", BUDGET)
     recorded = {}
     attend = cache.attend
     cache.attend = lambda index, call, *args: recorded.update({"call": call}) or attend(index, call, *args)
@@ -40,7 +40,7 @@ def test_score_merge_and_drop():
         cosine = cosine_similarity(keys[h, rest, None], keys[h, kept][None], dim=-1)
         joins: dict[int, list[int]] = {}
         for i, row in list(zip(rest, cosine, strict=True))[: BUDGET // 2]:
-            if row.max() >= 0.75:
+            if row.max() >= 0.6:
                 joins.setdefault(int(row.argmax()), []).append(i)
                 merged += 1
             else:

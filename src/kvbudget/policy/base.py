@@ -221,7 +221,8 @@ class Evicted:
         for index in range(len(pieces[0][0])):
             parts = [torch.split(piece[0][index], piece[1]) for piece in pieces]
             columns.append(torch.cat([part[r] for r in range(len(counts)) for part in parts]))
-        return cls(*columns[:4], counts, *columns[4:], kept_score=kept_score)
+        key, value, position, score, *count = columns
+        return cls(key, value, position, score, counts, count[0] if count else None, kept_score)
 
 
 @dataclass(frozen=True)

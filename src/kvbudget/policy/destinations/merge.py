@@ -71,9 +71,9 @@ class Merge(Destination):
         """Which evicted entries of a row join which anchor."""
 
     def receive(self, layer: LayerCache, evicted: Evicted) -> None:
-        gone = [
+        key, value, position, score = (
             column.split(evicted.counts) for column in (evicted.key, evicted.value, evicted.position, evicted.score)
-        ]
+        )
         lengths = [sum(rows) for rows in zip(*(segment.lengths for segment in layer.main), strict=True)]
         kept = None if evicted.kept_score is None else evicted.kept_score.split(lengths)
         for row, number in enumerate(evicted.counts):
@@ -81,7 +81,7 @@ class Merge(Destination):
                 continue
             ones = torch.ones(number, device=evicted.key.device)
             count = ones if evicted.count is None else evicted.count.split(evicted.counts)[row]
-            members = Group(*(column[row] for column in gone), count)
+            members = Group(key[row], value[row], position[row], score[row], count)
             self._join_row(layer, row, members, None if kept is None else kept[row])
 
     def _join_row(self, layer: LayerCache, row: int, members: Group, kept_score: Tensor | None) -> None:
