@@ -18,6 +18,7 @@ def match(keys: Tensor, chunk: int, odd: bool = False) -> tuple[Tensor, Tensor]:
     [3, 1]
     """
     number = len(keys)
+    chunk = min(chunk, number + number % 2)
     directions = pad(normalize(keys.float(), dim=-1), (0, 0, 0, -number % chunk)).unflatten(0, (-1, chunk))
     real = (torch.arange(directions.shape[0] * chunk, device=keys.device) < number).unflatten(0, (-1, chunk))
     first, second = (1, 0) if odd else (0, 1)
