@@ -34,6 +34,7 @@ Role = Literal[
     "trigger",
     "plan",
     "protect",
+    "thinning",
 ]
 
 
@@ -327,6 +328,7 @@ class Parts:
     Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
     ``position_mode``: keys keep their ``original`` positions, or positions are those inside of the cache, either by turning
     the queries for the sinks (``cache``, for sinks and a recent window) or by moving keys as others leave (``moved``).
+    With ``thinning``, tokens of a prompt that a layer evicts right away take no part in the attention of the layers above.
     """
 
     scorer: Scorer | None = None
@@ -343,6 +345,7 @@ class Parts:
     plan: Plan | None = None
     protect: Protect = Protect()
     position_mode: Literal["original", "cache", "moved"] = "original"
+    thinning: bool = False
 
     @property
     def uses_marks(self) -> bool:
@@ -353,7 +356,7 @@ class Parts:
     def replayable(self) -> bool:
         """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
         reads_all = self.selector is None or not self.selector.prefill
-        return self.plan is None and reads_all and not self.uses_marks
+        return self.plan is None and reads_all and not self.uses_marks and not self.thinning
 
 
 class Recipe:

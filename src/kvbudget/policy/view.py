@@ -26,6 +26,7 @@ class Queries:
 
     ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded. ``own`` is the
     part of ``lse`` that does not stem from held entries (set in the extra passes of a plan, whose tokens are not held).
+    ``steps [B, n]`` are their positions where they do not follow each other (then padding is on the left).
     """
 
     query: Tensor
@@ -34,6 +35,7 @@ class Queries:
     softcap: float | None = None
     valid: Tensor | None = None
     own: Tensor | None = None
+    steps: Tensor | None = None
 
     def last(self, count: int | None) -> tuple[Tensor, Tensor]:
         """The newest ``count`` queries of each sequence, right-aligned: ``[B, Hq, W, D]`` and lse ``[B, Hq, W]``.
@@ -156,15 +158,23 @@ class View:
         return found
 
     def add_mass(
-        self, name: str, last: int | None = None, decay: Sequence[float] | None = None, group: Reduction = "mean"
+        self,
+        name: str,
+        last: int | None = None,
+        decay: Sequence[float] | None = None,
+        group: Reduction = "mean",
+        weights: Tensor | None = None,
     ) -> None:
         """Adds the attention that entries received from the newest ``last`` queries (None: all) to a state column.
 
         Weights are those of the softmax over everything the layer holds, summed over queries, then reduced over the GQA
-        group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1).
+        group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1). ``weights`` are those of the queries,
+        of which the newest has the last.
         """
         queries = self._asked()
         query, lse = queries.last(last)
+        if weights is not None:
+            lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // self.num_kv_heads
         rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
         parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
@@ -231,6 +241,8 @@ class View:
 
     def _steps(self, width: int) -> Tensor:
         device = self._asked().query.device
+        if self._asked().steps is not None:
+            return self._asked().steps[:, -width:]  # type: ignore[index]
         steps = torch.tensor(self.seen, device=device)[:, None] - width + torch.arange(width, device=device)
         fresh = torch.tensor(self.new_tokens, device=device)[:, None]
         return steps.masked_fill(torch.arange(width, device=device) < width - fresh, -1)
