@@ -37,7 +37,8 @@ class RotatesKeys(Protocol):
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
-    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits.
+    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits. ``steps [B, n]``
+    are the positions of the tokens where some of the text between them is left out (None: they follow what has been seen).
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class AttentionCall:
     window: int | None = None
     sink: Tensor | None = None
     valid: Tensor | None = None
+    steps: Tensor | None = None
 
 
 class LayerCache:
@@ -139,7 +141,7 @@ class LayerCache:
         """
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
-        few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
+        few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
         self._fresh = False
         if few:
             if call.query.shape[2] == 1 and (answer := self._step(call)) is not None:
@@ -147,7 +149,7 @@ class LayerCache:
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
         out, lse, _ = self.probe(call)
-        self.append(call.key, call.value, call.valid)
+        self.append(call.key, call.value, call.valid, call.steps)
         return out, lse
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
@@ -194,8 +196,11 @@ class LayerCache:
         own = inside.lse.view(lse.shape)
         return out, lse, own if call.sink is None else torch.logaddexp(own, call.sink.float()[:, None])
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None, steps: Tensor | None = None) -> None:
+        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored.
+
+        ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
+        """
         batch, heads, n = key.shape[:3]
         if not self.seen:
             self.start(batch)
@@ -213,13 +218,22 @@ class LayerCache:
             grid = valid[:, None].expand(batch, heads, n)
             rows = (key[grid], value[grid])
         row_counts = self._per_row(counts)
-        position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        if steps is None:
+            position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        else:
+            position = steps.int()[:, None].expand(batch, heads, n)
+            position = position.flatten() if valid is None else position[grid]
         # What is missing in an append is filled with zeros, so states are named once.
         new = [name for name in self.states if name not in segment.meta.columns]
-        segment.append(
-            *rows, {"position": position} | {name: torch.zeros_like(position).float() for name in new}, row_counts
-        )
-        self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        meta = {"position": position} | {name: torch.zeros_like(position).float() for name in new}
+        if "count" in self.states:
+            meta["count"] = torch.ones_like(position).float()
+        segment.append(*rows, meta, row_counts)
+        if steps is None:
+            self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        else:
+            grown = zip(self.seen, counts, steps[:, -1].tolist(), strict=True)
+            self.seen = [newest + 1 if count else seen for seen, count, newest in grown]
 
     def finish_forward(self, asked: Asked | None = None) -> None:
         """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails.
@@ -245,6 +259,9 @@ class LayerCache:
         rows = self._rows(query)
         flat = lse.reshape(self.num_rows, -1)
         positions = self._positions(width, query.device) if width > 1 else None
+        steps = getattr(like, "steps", None)
+        if steps is not None and width > 1:
+            positions = steps[:, -width:].repeat_interleave(self.num_kv_heads, dim=0)
         for index, segment in enumerate(self.main):
             tail = width if index == len(self.main) - 1 else 0
             if segment.longest:

@@ -85,8 +85,8 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_anything(folder, tmp_pat
     before = len(results.examples())
     assert before == 8
     computed = []
-    original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
+    original = runner.Runs.run
+    monkeypatch.setattr(runner.Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
     lines = Bench(matrix(folder), results).run()
     assert len(computed) == 6 * 3 - before
     assert scores(lines) == scores(whole)
@@ -96,8 +96,8 @@ def test_a_finished_run_computes_nothing_and_more_budgets_only_add(folder, tmp_p
     results = ResultsFile(tmp_path / "r.jsonl")
     Bench(matrix(folder, budgets=("50%",)), results).run()
     computed = []
-    original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
+    original = runner.Runs.run
+    monkeypatch.setattr(runner.Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
     Bench(matrix(folder, budgets=("50%",)), results).run()
     assert computed == []
     Bench(matrix(folder), results).run()

@@ -62,7 +62,7 @@ class Bench:
             lines: dict[str, list[dict[str, Any]]] = {cell.key: [] for cell in group}
             errors: dict[str, str] = {}
             for number, example in enumerate(task.examples(tokenizer, group[0].count, group[0].seed)):
-                runs = _Runs(model, tokenizer, task, example, visible=group[0].visible)
+                runs = Runs(model, tokenizer, task, example, visible=group[0].visible)
                 for cell in group:
                     line = known.get((cell.key, number))
                     if line is None and cell.key not in errors:
@@ -80,7 +80,7 @@ class Bench:
                 self.results.add_cell(_summary(cell, task, lines[cell.key], errors.get(cell.key)))
 
 
-class _Runs:
+class Runs:
     """One example through many policies: each of its contexts is recorded once and replayed into every cache."""
 
     def __init__(
