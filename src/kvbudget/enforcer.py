@@ -57,7 +57,8 @@ class Enforcer(Shares):
             elif finish and self.parts.trigger.after_prefill:
                 layer.set_capacity(None)
         if finish and not self.suspended:
-            layer.finish_forward()
+            asks = any(codec.asks for codec in self.parts.codec or ())
+            layer.finish_forward(view.asked() if asks else None)
 
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbudget.codecs.base import Asked
 from kvbudget.kernels import flash, merge
 from kvbudget.kernels.reference import Partial
 from kvbudget.segments import selective
@@ -192,12 +193,15 @@ class LayerCache:
         )
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
 
-    def finish_forward(self) -> None:
-        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails."""
+    def finish_forward(self, asked: Asked | None = None) -> None:
+        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails.
+
+        ``asked`` are its queries, for codecs that look at them.
+        """
         if self.window is not None:
             self._slide()
         for segment in self.segments:
-            segment.seal()
+            segment.seal(asked)
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvbudget.codecs.base import Asked
 from kvbudget.policy.scoring import Reduction
 
 if TYPE_CHECKING:
@@ -221,6 +222,15 @@ class View:
     def query_steps(self) -> Tensor:
         """Positions of this forward's queries ``[B, n]``, right-aligned as `Queries.last`; -1 for padding."""
         return self._steps(self._asked().query.shape[2])
+
+    def asked(self) -> Asked | None:
+        """This forward's queries by rows, as codecs see them; None outside of a forward."""
+        if self.queries is None:
+            return None
+        query, lse = self.queries.last(None)
+        query, lse = (x.unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1) for x in (query, lse))
+        steps = self.query_steps().repeat_interleave(self.num_kv_heads, dim=0)
+        return Asked(query, lse, steps, self.queries.scale, self.queries.softcap)
 
     def _steps(self, width: int) -> Tensor:
         device = self._asked().query.device

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbudget import kernels
+from kvbudget.codecs.base import Asked
 from kvbudget.kernels.reference import DenseOperand, Partial
 from kvbudget.segments.ragged import RaggedTable
 
@@ -130,8 +131,8 @@ class Segment(ABC):
     def tables(self) -> list[RaggedTable]:
         """Every table whose storages are resident."""
 
-    def seal(self) -> None:  # noqa: B027 - a format without a full-precision tail has nothing to do
-        """Compresses whatever is due for it; called after the attention of a forward, never before."""
+    def seal(self, asked: Asked | None = None) -> None:  # noqa: B027 - without a full-precision tail nothing is to do
+        """Compresses whatever is due for it; called after the attention of a forward (with its queries), never before."""
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         """Bounds the entries per row for which appending may reserve room ahead of need."""
