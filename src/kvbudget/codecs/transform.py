@@ -123,11 +123,11 @@ def allocate(rate: Tensor, loss: Tensor, bits: float) -> list[int]:
         for option, (units, lost) in enumerate(zip(costs, losses, strict=True)):
             if units <= UNITS:
                 tried[option, units:] = best[: UNITS + 1 - units] + lost
-        best, option = tried.min(0)
-        chosen.append(option)
+        best, taken = tried.min(0)
+        chosen.append(taken)
     plan, left = [], UNITS
-    for costs, option in zip(reversed(cost), reversed(chosen), strict=True):
-        plan.append(int(option[left]))
+    for costs, taken in zip(reversed(cost), reversed(chosen), strict=True):
+        plan.append(int(taken[left]))
         left -= costs[plan[-1]]
     return plan[::-1]
 
@@ -142,7 +142,9 @@ def pack(codes: Sequence[Tensor]) -> dict[str, Tensor]:
     """
     coder = _constriction()
     encoder = coder.stream.queue.RangeEncoder()
-    symbols, normal, counts = [], [], []
+    symbols: list[tuple[int, int, bool]] = []
+    normal: list[tuple[float, float]] = []
+    counts: list[Tensor] = []
     for group in codes:
         flat = group.flatten()
         low, high = int(flat.min()), int(flat.max())
@@ -168,7 +170,8 @@ def unpack(packed: dict[str, Tensor], sizes: Sequence[int], count: int) -> list[
     """Inverse of `pack` for groups of these ``sizes`` and ``count`` rows."""
     coder = _constriction()
     decoder = coder.stream.queue.RangeDecoder(packed["stream"].numpy().view(np.uint32))
-    codes, counts = [], packed["counts"]
+    codes: list[Tensor] = []
+    counts = packed["counts"]
     for size, (low, high, counted), (mean, deviation) in zip(
         sizes, packed["symbols"].tolist(), packed["normal"].tolist(), strict=True
     ):

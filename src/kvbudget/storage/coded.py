@@ -139,7 +139,7 @@ class Tokens:
         held = [self._positions(i) for i in range(len(self.layers))]
         self.chosen = []
         for b, length in enumerate(seen):
-            common = torch.arange(min(sinks, length), max(length - recent, 0), dtype=torch.int32)
+            common = torch.arange(sinks, max(length - recent, sinks), dtype=torch.int32)
             for heads, rows in zip(self.heads, held, strict=True):
                 for row in rows[b * heads : (b + 1) * heads]:
                     common = common[torch.isin(common, row)]

@@ -13,6 +13,7 @@ from kvbudget.cache import AttentionLayer, KVCache
 from kvbudget.layer import LayerCache
 from kvbudget.prefill import Prefilled
 from kvbudget.segments.base import Segment
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable, ranges
 
 Tensors = dict[str, Tensor]
@@ -97,12 +98,21 @@ def _pack_segment(segment: Segment, at: str, tensors: Tensors) -> dict[str, Any]
     own = [name for name, value in vars(segment).items() if isinstance(value, Tensor)]
     tensors.update({f"{at}.{name}": getattr(segment, name) for name in own})
     tables = [_pack_table(table, f"{at}.{i}", tensors) for i, table in enumerate(segment.tables())]
-    return {"own": own, "tables": tables}
+    sides = {}
+    if isinstance(segment, QuantizedSegment):
+        for side, store in (("key", segment.key), ("value", segment.value)):
+            tensors.update({f"{at}.{side}.{name}": x for name, x in store.state.items()})
+            sides[side] = {"started": store.started, "state": list(store.state)}
+    return {"own": own, "tables": tables, "sides": sides}
 
 
 def _unpack_segment(segment: Segment, numbers: Mapping[str, Any], at: str, tensors: Tensors) -> None:
     for name in numbers["own"]:
         setattr(segment, name, tensors[f"{at}.{name}"])
+    for side, kept in numbers["sides"].items():
+        store = getattr(segment, side)
+        store.started = list(kept["started"])
+        store.state = {name: tensors[f"{at}.{side}.{name}"] for name in kept["state"]}
     for i, (table, each) in enumerate(zip(segment.tables(), numbers["tables"], strict=True)):
         _unpack_table(table, each, f"{at}.{i}", tensors)
 
