@@ -27,10 +27,14 @@ BITS = (1, 2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class TokenQuant(Codec):
-    """One scale and zero per entry and ``group`` consecutive channels: appendable and evictable entry by entry."""
+    """One scale and zero per entry and ``group`` consecutive channels: appendable and evictable entry by entry.
+
+    Codes span the middle ``clip`` of a group's range; what lies outside is clamped.
+    """
 
     bits: int = 4
     group: int = 32
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -39,6 +43,8 @@ class TokenQuant(Codec):
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
         group = _divisor(x.shape[-1], self.group)
+        if self.clip < 1:
+            x = _clipped(x.float(), group, self.clip)
         codes, scale, zero = kernels.encode_tokens(x, self.bits, group)
         return {"codes": codes, "scale": scale, "zero": zero}
 
@@ -98,6 +104,14 @@ def check_bits(bits: int) -> None:
     """Raises PolicyError unless codes of this many bits can be packed."""
     if bits not in BITS:
         raise PolicyError(f"bits={bits} cannot be packed; give one of {', '.join(map(str, BITS))}")
+
+
+def _clipped(x: Tensor, group: int, clip: float) -> Tensor:
+    """Entries ``[N, D]`` clamped into the middle ``clip`` of the range of their group."""
+    grouped = x.unflatten(-1, (-1, group))
+    low, high = grouped.aminmax(dim=-1, keepdim=True)
+    cut = (high - low) * ((1 - clip) / 2)
+    return grouped.clamp(low + cut, high - cut).flatten(-2)
 
 
 def _divisor(width: int, group: int) -> int:
