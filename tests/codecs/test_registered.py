@@ -25,7 +25,14 @@ SMALL = {
     "zipcache": "zipcache(gap=20)",
 }
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
-ARTIFACTS: dict[str, dict[str, Tensor]] = {}
+ARTIFACTS: dict[str, dict[str, Tensor]] = {
+    "kvquant": {
+        "offset": torch.zeros(2, 2, 16),
+        "spread": torch.full((2, 2, 16), 3.0),
+        "keys_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
+        "values_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
+    },
+}
 CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
 FREE = [name for name in CODECS if "calibration" not in registry()[name].needs]
 
