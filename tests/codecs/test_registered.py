@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
@@ -23,7 +24,9 @@ SMALL = {
     "kivi": "kivi(group=16, residual=16)",
     "gear": "gear(group=16)",
     "zipcache": "zipcache(gap=20)",
+    "nsnquant": "nsnquant(chunk=16)",
 }
+SIDES = ("key", "value")
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
 ARTIFACTS: dict[str, dict[str, Tensor]] = {
     "kvquant": {
@@ -32,6 +35,10 @@ ARTIFACTS: dict[str, dict[str, Tensor]] = {
         "keys_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
         "values_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
     },
+    "csr": {
+        side: normalize(torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)), dim=-1) for side in SIDES
+    },
+    "cq": {side: torch.randn(2, 2, 2, 256, 8, generator=torch.Generator().manual_seed(0)) for side in SIDES},
 }
 CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
 FREE = [name for name in CODECS if "calibration" not in registry()[name].needs]

@@ -29,7 +29,7 @@ class CacheSamples(TextCalibration):
 
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         rotations = rotations_of(model)
-        steps = torch.linspace(self.sinks, ids.shape[1] - 1, min(self.rows, ids.shape[1] - self.sinks)).long()
+        steps = self.steps_of(ids.shape[1])
         found: dict[str, list[Tensor]] = {side: [] for side in SIDES}
 
         def look(index: int, call: AttentionCall, lse: Tensor) -> None:
@@ -41,8 +41,16 @@ class CacheSamples(TextCalibration):
                 found[side].append(x.transpose(0, 1).flatten(1).half().cpu())
 
         watch(model, ids, look)
-        fresh = {side: torch.cat(pieces, 1) for side, pieces in found.items()}
-        return {side: torch.cat([state[side], x]) if side in state else x for side, x in fresh.items()}
+        return grown(state, {side: torch.cat(pieces, 1) for side, pieces in found.items()})
+
+    def steps_of(self, length: int) -> Tensor:
+        """Positions that count of a text of so many tokens."""
+        return torch.linspace(self.sinks, length - 1, min(self.rows, length - self.sinks)).long()
+
+
+def grown(state: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with fresh rows after those that it has."""
+    return {name: torch.cat([state[name], x]) if name in state else x for name, x in fresh.items()}
 
 
 def by_head(model: PreTrainedModel, samples: Tensor) -> tuple[Tensor, list[int], int]:

@@ -29,7 +29,9 @@ def nearest(x: Tensor, words: Tensor) -> Tensor:
     return torch.cat([(part @ words.mT - half).argmax(-1) for part in x.split(ROWS, 1)], 1)
 
 
-def codewords(x: Tensor, count: int = WORDS, *, steps: int = 25, seed: int = 0, weights: Tensor | None = None) -> Tensor:
+def codewords(
+    x: Tensor, count: int = WORDS, *, steps: int = 25, seed: int = 0, weights: Tensor | None = None
+) -> Tensor:
     """Codebooks ``[B, count, d]`` for B sets of vectors ``[B, N, d]`` by k-means, the same for the same arguments.
 
     Starts at vectors that are drawn without replacement (the first ones again where there are fewer than ``count``). Words
@@ -149,12 +151,12 @@ SMALLEST = 1e-20
 def normal_words(stages: int) -> Tensor:
     """Codebooks ``[stages, 256, 8]`` for eight independent N(0, 1) numbers, each for what the ones before leave.
 
-    K-means over 2^15 draws with a fixed seed; the same on every run.
+    K-means over 2^14 draws with a fixed seed; the same on every run.
     """
-    left = torch.randn(1, 2**15, GROUP, generator=torch.Generator().manual_seed(0))
+    left = torch.randn(1, 2**14, GROUP, generator=torch.Generator().manual_seed(0))
     found = []
     for _ in range(stages):
-        found.append(codewords(left, steps=12))
+        found.append(codewords(left, steps=10))
         left = left - found[-1][0][nearest(left, found[-1])]
     return torch.cat(found)
 

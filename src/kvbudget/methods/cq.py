@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kvbudget.codecs.codebook import Coupled
+from kvbudget.errors import PolicyError
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Recipe
 
@@ -15,10 +16,10 @@ class CoupledQuantization(Recipe):
     """Codes groups of consecutive channels as one byte each, by codebooks of every layer, KV head and group.
 
     Paper: Zhang et al., arXiv 2405.03917, 2024 (NeurIPS). The joint entropy of channels grows slower than the sum of
-    their own, so the more channels share a code, the less is lost at the same bits. Keys are coded before RoPE. ``kvbudget
-    calibrate "cq(channels=8)" --model M`` finds 256 words per codebook by k-means; the paper's weights by Fisher information and its
-    10-bit codes are left out. True bits per element: ``8 / channels``, nothing else is stored. Claim: usable down to
-    1 bit per channel. Texts unlike those of the calibration lose more.
+    their own, so the more channels share a code, the less is lost at the same bits. Keys are coded before RoPE.
+    ``kvbudget calibrate cq --model M`` finds 256 words per codebook by k-means, weighted by squared gradients of the loss
+    (Fisher information); the paper's 10-bit codes are left out. True bits per element: ``8 / channels``, nothing else is
+    stored. Claim: usable down to 1 bit per channel. Texts unlike those of the calibration lose more.
 
     Attributes:
         channels: that share a code (8: 1 bit, 4: 2 bits, 2: 4 bits); as in the calibration.
@@ -52,6 +53,11 @@ class CoupledQuantization(Recipe):
         return {"codec": (keys, Coupled(words=self.value_words, **shared))}
 
     def bind(self, fingerprint: str) -> "CoupledQuantization":
-        found = Artifact.load(self.name, fingerprint, self.file)
-        found.check(channels=self.channels)
-        return replace(self, key_words=found.tensors["key"], value_words=found.tensors["value"])
+        found = Artifact.load(self.name, fingerprint, self.file).tensors
+        made = found["key"].shape[-1]
+        if made != self.channels:
+            raise PolicyError(
+                f"cq: the codebooks were calibrated for channels={made}, not {self.channels}; run: kvbudget calibrate "
+                f'"cq(channels={self.channels})"'
+            )
+        return replace(self, key_words=found["key"], value_words=found["value"])

@@ -16,7 +16,7 @@ class NSNQuant(Recipe):
     Paper: Son et al., arXiv 2505.18231, 2025 (NeurIPS). What a Hadamard matrix and the double normalization leave looks like
     N(0, 1), so one codebook, made from normal numbers alone, serves keys (before RoPE) and values of every layer of every
     model: no calibration, and nothing that another domain of text could break. Two bits are two codes, the second for
-    what the first one leaves (the paper's form is unverified); the codebook is k-means over 32768 draws, without the
+    what the first one leaves (the paper's form is unverified); the codebook is k-means over 16384 draws, without the
     paper's fine-tuning. True bits per element: ``bits + 32 / head_dim + 16 / chunk`` with scales and means in half precision
     (the paper codes these too, and reaches 1.23 at 1 bit). Claim: best at 1 and 2 bits without calibration.
 
