@@ -56,7 +56,7 @@ def test_the_least_salient_share_of_each_row_has_fewer_bits():
     rows = torch.arange(2).repeat_interleave(10)
     state = {name: torch.stack([v, v]) for name, v in codec.start(x, 0, None).items()}
     salience = torch.rand(20)
-    bits = codec.encode(x, Place(rows, state, torch.arange(20), salience))["bits"]
+    bits = codec.encode(x, Place(rows, state, 16, torch.arange(20), salience))["bits"]
     for row in (0, 1):
         mine = slice(10 * row, 10 * row + 10)
         order = salience[mine].argsort()

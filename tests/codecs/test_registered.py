@@ -25,6 +25,7 @@ SMALL = {
     "gear": "gear(group=16)",
     "zipcache": "zipcache(gap=20)",
     "nsnquant": "nsnquant(chunk=16)",
+    "qaq": "qaq(residual=16)",
 }
 SIDES = ("key", "value")
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.

@@ -45,12 +45,13 @@ class Asked:
 class Place:
     """Whose units a call codes: ``rows [N]`` int64 is the row of each, ``state`` holds what rows keep, ``[R, ...]`` each.
 
-    Row r is KV head ``r % Hkv``. When they are encoded, ``positions [N * unit]`` are those of the entries and ``salience
-    [N * unit]`` float32 is what `Codec.judge` found, if anything.
+    Row r is KV head ``r % Hkv``; ``width`` are the channels of an entry. When entries are encoded, ``positions [N * unit]``
+    are theirs and ``salience [N * unit]`` float32 is what `Codec.judge` found, if anything.
     """
 
     rows: Tensor
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    width: int = 0
     positions: Tensor | None = None
     salience: Tensor | None = None
 
@@ -178,4 +179,4 @@ def alone(codec: Codec, x: Tensor, asked: Asked | None = None) -> Place:
     """The place of ``x [N * unit, D]`` as the first units of a single row."""
     state = {name: found[None] for name, found in codec.start(x, 0, asked).items()}
     rows = torch.zeros(len(x) // codec.unit, dtype=torch.long, device=x.device)
-    return Place(rows, state, torch.arange(len(x), device=x.device))
+    return Place(rows, state, x.shape[-1], torch.arange(len(x), device=x.device))

@@ -115,8 +115,7 @@ class SalientQuant(Levels):
     def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
         assert place is not None
         bits = columns["bits"]
-        width = place.state["lowest" if self.side == "keys" else "channel"].shape[-1]
-        codes = unpack_levels(columns["payload"], bits, width).float()
+        codes = unpack_levels(columns["payload"], bits, place.width).float()
         if self.side == "keys":
             low, scale = self._grid(place, bits)
             return codes * scale + low

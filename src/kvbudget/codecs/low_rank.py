@@ -22,7 +22,7 @@ class LowRank(Stage):
     def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
         state = self.base.start(x, row, asked)
         rows = torch.zeros(len(x) // self.unit, dtype=torch.long, device=x.device)
-        own = Place(rows, {name: column[None] for name, column in state.items()})
+        own = Place(rows, {name: column[None] for name, column in state.items()}, x.shape[-1])
         residual = (x.float() - self.base.decode(self.base.encode(x, own), own)).double()
         basis = torch.linalg.eigh(residual.T @ residual).eigenvectors[:, -self.rank :]
         return state | {"basis": basis.half()}

@@ -59,7 +59,7 @@ class KVQuant(Recipe):
         found = self.found or {}
         keys, values = self.bits_k or self.bits, self.bits_v or self.bits
         shared: dict[str, Any] = {"share": self.sparsity, "sinks": self.sinks}
-        ranges = {name: found.get(name) for name in ("offset", "spread")}
+        ranges: dict[str, Any] = {name: found.get(name) for name in ("offset", "spread")}
         return {
             "codec": (
                 NonUniform(bits=keys, before_rope=True, book=found.get(f"keys_{keys}"), **ranges, **shared),

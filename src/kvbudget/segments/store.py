@@ -104,7 +104,7 @@ class CodecStore:
             skip, size = int(codec.sizes(before, data.shape[-1]).sum()), int(codec.sizes(cells, data.shape[-1]).sum())
             cells["payload"] = self.payload.row("payload", row)[skip : skip + size]
         rows = torch.full((at.stop - at.start,), row, device=data.device)
-        dense = codec.decode(cells, Place(rows, self.state))
+        dense = codec.decode(cells, Place(rows, self.state, data.shape[-1]))
         dense = dense[begin - units.start * codec.unit : end - units.start * codec.unit]
         if self.rotation is None:
             return dense
@@ -222,7 +222,7 @@ class CodecStore:
             self.started = [s or f for s, f in zip(self.started, fresh, strict=True)]
         units = [n // codec.unit for n in due]
         rows = torch.arange(len(units), device=x.device).repeat_interleave(torch.tensor(units, device=x.device))
-        cells = codec.encode(x, Place(rows, self.state, positions, salience))
+        cells = codec.encode(x, Place(rows, self.state, x.shape[-1], positions, salience))
         if codec.variable:
             payload = cells.pop("payload")
             sizes = codec.sizes(cells, x.shape[-1]).split(units)
