@@ -25,6 +25,7 @@ SMALL = {
     "gear": "gear(group=16)",
     "zipcache": "zipcache(gap=20)",
     "nsnquant": "nsnquant(chunk=16)",
+    "commvq": "commvq(residual=16)",
     "qaq": "qaq(residual=16)",
 }
 SIDES = ("key", "value")
@@ -35,6 +36,10 @@ ARTIFACTS: dict[str, dict[str, Tensor]] = {
         "spread": torch.full((2, 2, 16), 3.0),
         "keys_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
         "values_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
+    },
+    "commvq": {
+        "tables": torch.randn(2, 2, 3, 64, 16, generator=torch.Generator().manual_seed(0)) / 8,
+        "order": torch.arange(16),
     },
     "csr": {
         side: normalize(torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)), dim=-1) for side in SIDES

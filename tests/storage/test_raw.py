@@ -38,6 +38,7 @@ def kept(cache):
         ("llama", "cake(window=8)", "40KiB"),
         ("llama", "mikv(bits=2)", "60KiB"),
         ("llama", "streaming_llm+kivi(bits=2, group=8, residual=16)", 70),
+        ("llama", "gear(group=16)", None),
         ("llama", "d2o", 60),
         ("llama", "lacache(positions=cache)", 40),
         ("gemma3", "h2o", "25%"),
