@@ -26,6 +26,7 @@ SMALL = {
     "zipcache": "zipcache(gap=20)",
     "nsnquant": "nsnquant(chunk=16)",
     "commvq": "commvq(residual=16)",
+    "quantspec": "quantspec(group=16)",
     "qaq": "qaq(residual=16)",
 }
 SIDES = ("key", "value")
