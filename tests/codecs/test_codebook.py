@@ -6,7 +6,7 @@ import torch
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.codecs.base import Place, alone
-from kvbudget.codecs.codebook import Coupled, Normalized, codewords, nearest, normal_words
+from kvbudget.codecs.codebook import Coupled, Normalized, Prompted, codewords, nearest, normal_words
 from kvbudget.codecs.rotated import NormalCodes, Rotated
 from kvbudget.errors import PolicyError
 from kvbudget.models import fingerprint
@@ -130,6 +130,24 @@ def test_normalize_shift_normalize(stages):
     if stages == 2:
         one = Rotated(base=Normalized(unit=64))
         assert cosine[0] > float(torch.cosine_similarity(x, one.decode(one.encode(x)), dim=-1).mean())
+
+
+def test_words_of_the_prompt_serve_later_entries_and_logits_are_looked_up():
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.randn(16, 16, generator=generator)
+    first, later = (torch.randn(n, 16, generator=generator) @ mix for n in (700, 90))
+    codec = Prompted(channels=4)
+    place = Place(torch.zeros(90, dtype=torch.long), alone(codec, first).state)
+    columns = codec.encode(later, place)
+    decoded, words = codec.decode(columns, place), place.state["words"][0].float()
+    assert words.shape == (4, 256, 4) and codec.state_bytes(16) == 2 * words.numel()
+    assert (decoded - later).square().mean() < 0.15 * later.square().mean()
+    query = torch.randn(16, generator=generator)
+    table = torch.einsum("pwc,pc->pw", words, query.unflatten(0, (4, 4)))
+    logits = table[torch.arange(4), columns["codes"].long()].sum(1)
+    torch.testing.assert_close(decoded @ query, logits, atol=1e-4, rtol=1e-4)
+    few = codec.decode(codec.encode(first[:20], alone(codec, first[:20])), alone(codec, first[:20]))
+    torch.testing.assert_close(few, first[:20], atol=1e-2, rtol=1e-2)  # as many words as entries
 
 
 def test_true_bits():
