@@ -24,6 +24,7 @@ SMALL = {
     "kivi": "kivi(group=16, residual=16)",
     "gear": "gear(group=16)",
     "zipcache": "zipcache(gap=20)",
+    "zipvl": "zipvl(gap=20)",
     "nsnquant": "nsnquant(chunk=16)",
     "commvq": "commvq(residual=16)",
     "quantspec": "quantspec(group=16)",
