@@ -32,9 +32,19 @@ def true_bits(cache: KVCache) -> float:
             for segment in layer.store.segments:
                 if segment.longest:
                     width = segment.row_keys(0, 0, 0).shape[-1] + segment.values().shape[-1]
-                    bits += 8 * _stored(segment)
+                    bits += 8 * stored_bytes(segment)
                     elements += sum(segment.lengths) * width
     return bits / max(elements, 1)
+
+
+def stored_bytes(segment: Segment) -> float:
+    """Bytes of keys and values in a segment, without spare room."""
+    if not isinstance(segment, QuantizedSegment):
+        return sum(_cells(segment.meta, (name,)) for name in ("key", "value"))
+    tables = [table for table in segment.tables() if table is not segment.meta]
+    states: Sequence[Tensor] = [*segment.key.state.values(), *segment.value.state.values()]
+    known = sum(state.numel() * state.element_size() for state in states)
+    return known + sum(_cells(table, tuple(table.columns)) for table in tables)
 
 
 def expected_bits(codec: Codec, width: int, entries: int, itemsize: int) -> float:
@@ -72,16 +82,6 @@ def codecs(model: PreTrainedModel) -> list[str]:
                 continue
             found.append(policy)
     return list(dict.fromkeys(found))
-
-
-def _stored(segment: Segment) -> float:
-    """Bytes of keys and values in a segment, without spare room."""
-    if not isinstance(segment, QuantizedSegment):
-        return sum(_cells(segment.meta, (name,)) for name in ("key", "value"))
-    tables = [table for table in segment.tables() if table is not segment.meta]
-    states: Sequence[Tensor] = [*segment.key.state.values(), *segment.value.state.values()]
-    known = sum(state.numel() * state.element_size() for state in states)
-    return known + sum(_cells(table, tuple(table.columns)) for table in tables)
 
 
 def _cells(table: RaggedTable, names: tuple[str, ...]) -> float:
