@@ -165,15 +165,18 @@ def normal_words(stages: int) -> Tensor:
 class Prompted(Codec):
     """Product quantization with codebooks per row, found from the first entries that the row codes (hcattention's keys).
 
-    State ``words [P, 256, D / P]`` float16 by k-means; later entries are coded with the same words.
+    State ``words [P, 256, D / P]`` float16 by k-means over `fitted` evenly spread ones of these entries at most; later entries are
+    coded with the same words.
     """
 
     scope = "row"
     channels: int = 4
-    steps: int = 10
+    steps: int = 5
+    fitted: int = 1024
 
     def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
-        parts = x.float().unflatten(-1, (-1, self.channels)).transpose(0, 1)
+        spread = torch.arange(min(len(x), self.fitted), device=x.device) * len(x) // min(len(x), self.fitted)
+        parts = x[spread].float().unflatten(-1, (-1, self.channels)).transpose(0, 1)
         return {"words": _half(codewords(parts, steps=self.steps))}
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
