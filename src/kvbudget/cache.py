@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kvbudget.prefill import Prefilled
+    from kvbudget.storage import Saved
 
 
 class AttentionLayer(CacheLayerMixin):
@@ -149,6 +151,7 @@ class KVCache(Cache):
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
         self._rope_switch = rope_switch(model.config)
         self.prefilled: Prefilled | None = None
+        self._model = weakref.ref(model)
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
 
@@ -427,6 +430,34 @@ class KVCache(Cache):
         other._recorded = dict(self._recorded)
         other.enforcer = self.enforcer.fork([stores[store.layer_idx] for store in self.enforcer.layers])
         return other
+
+    def save(self, path: str | Path, codec: str = "raw", **options: Any) -> Saved:
+        """Writes what the cache holds to a file: without loss (``raw``), or transform-coded (``kvtc``).
+
+        See `kvbudget.storage.save` for the options.
+        """
+        from kvbudget.storage import save
+
+        return save(self, path, codec, **options)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, **options: Any) -> KVCache:
+        """The cache that `save` wrote, for a model with the same weights; see `kvbudget.storage.load`."""
+        from kvbudget.storage import load
+
+        return load(path, model, **options)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the cache serves, which it does not keep alive.
+
+        Raises:
+            CacheError: when the model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheError("the model that this cache served is gone; keep it while the cache is in use")
+        return model
 
     @property
     def seen(self) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvbudget.codecs.base import Asked, Place, alone
 from kvbudget.codecs.integer import TokenQuant
-from kvbudget.codecs.levels import SalientQuant, pack_levels, unpack_levels
+from kvbudget.codecs.levels import AdaptiveQuant, SalientQuant, pack_levels, unpack_levels
 
 
 @given(st.lists(st.sampled_from((0, 1, 2, 3, 4, 8)), max_size=12), st.sampled_from((8, 16, 80)))
@@ -72,3 +72,34 @@ def test_channel_divisors_help_values_with_outlier_channels():
     others = [c for c in range(64) if c != 5]
     error = (codec.decode(codec.encode(x, place), place) - x)[:, others].square().mean()
     assert error < 0.2 * (plain.decode(plain.encode(x)) - x)[:, others].square().mean()
+
+
+def test_the_number_of_salient_entries_follows_the_attention():
+    codec, n = AdaptiveQuant(probes=1.0, mass=0.9), 50
+    asked, keys = uniform(n)
+    # One query that sees all of them, and looks at all alike, then at one alone.
+    last = Asked(asked.query[:, :, -1:], asked.lse[:, :, -1:], asked.steps[:, -1:], 1.0)
+    assert int(codec.judge(last, 0, keys, torch.arange(n)).sum()) == pytest.approx(0.9 * n, abs=1)
+    sharp = keys.clone()
+    sharp[17] = last.query[0, 0, 0] * 50 / last.query[0, 0, 0].square().sum()
+    logits = last.query[0, 0] @ sharp.T
+    one = Asked(last.query, logits.logsumexp(-1)[None, None], last.steps, 1.0)
+    assert codec.judge(one, 0, sharp, torch.arange(n)).nonzero().tolist() == [[17]]
+    assert bool((AdaptiveQuant(probes=1.0, mass=1.0).judge(last, 0, keys, torch.arange(n)) == 1).all())
+    # The number comes from the sums, which favor early entries; who they are from the normalized ones.
+    received = asked.weights(0, torch.arange(n), keys, torch.arange(n)).sum((0, 1))
+    order = received.sort(descending=True).values
+    least = next(p for p in range(1, n + 1) if float(order[:p].sum()) >= 0.9 * float(order.sum()))
+    salient = codec.judge(asked, 0, keys, torch.arange(n))
+    normal = received / torch.arange(n, 0, -1)
+    assert set(salient.nonzero()[:, 0].tolist()) == set(normal.argsort(descending=True, stable=True)[:least].tolist())
+    assert least < n
+
+
+def test_bits_follow_the_marks():
+    codec, x = AdaptiveQuant(), torch.randn(10, 16)
+    salience = (torch.rand(10) < 0.5).float()
+    place = alone(codec, x)
+    marked = Place(place.rows, place.state, 16, torch.arange(10), salience)
+    assert codec.encode(x, marked)["bits"].tolist() == [4 if s else 2 for s in salience.tolist()]
+    assert codec.encode(x, place)["bits"].tolist() == [4] * 10

@@ -80,14 +80,18 @@ class SalientQuant(Levels):
         check_bits(self.low)
 
     def judge(self, asked: Asked, row: int, keys: Tensor, positions: Tensor) -> Tensor:
+        received, seeing = self._probed(asked, row, keys, positions)
+        return received / seeing.clamp_min(1)
+
+    def _probed(self, asked: Asked, row: int, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention ``[T]`` that the entries receive from the probes, and how many of these see them."""
         steps = (asked.steps[row] >= 0).nonzero()[:, 0]
         count = max(1, round(self.probes * len(steps)))
         earlier = len(steps) - count
         spread = torch.arange(min(count, earlier), device=steps.device) * earlier // max(1, min(count, earlier))
         chosen = torch.cat([steps[spread], steps[earlier:]])
         received = asked.weights(row, chosen, keys, positions).sum((0, 1))
-        seeing = (asked.steps[row][chosen][:, None] >= positions[None]).sum(0)
-        return received / seeing.clamp_min(1)
+        return received, (asked.steps[row][chosen][:, None] >= positions[None]).sum(0)
 
     def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
         x = x.float()
@@ -142,3 +146,28 @@ class SalientQuant(Levels):
         low, high = place.of("lowest").float(), place.of("highest").float()
         scale = (high - low) / (2.0 ** bits.float() - 1)[:, None]
         return low, torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+@dataclass(frozen=True)
+class AdaptiveQuant(SalientQuant):
+    """As many salient entries as the attention needs (ZipVL, arXiv 2410.08584, section 3), instead of a fixed share.
+
+    Of the entries of a row that are encoded together, p get ``high`` bits: the least p such that the p entries with the most
+    accumulated attention receive ``mass`` of it all. Which p they are is decided by the normalized attention.
+    """
+
+    mass: float = 0.975
+
+    def judge(self, asked: Asked, row: int, keys: Tensor, positions: Tensor) -> Tensor:
+        received, seeing = self._probed(asked, row, keys, positions)
+        most = received.sort(descending=True).values.double().cumsum(0)
+        count = int((most < self.mass * most[-1]).sum()) + 1
+        normal = received / seeing.clamp_min(1)
+        salient = torch.zeros_like(normal)
+        salient[normal.argsort(descending=True, stable=True)[:count]] = 1.0
+        return salient
+
+    def _bits(self, place: Place) -> Tensor:
+        if place.salience is None:
+            return torch.full((len(place.rows),), self.high, dtype=torch.uint8, device=place.rows.device)
+        return torch.where(place.salience > 0, self.high, self.low).to(torch.uint8)

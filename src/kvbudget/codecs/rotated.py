@@ -54,13 +54,19 @@ def hadamard(width: int) -> Tensor:
     >>> (hadamard(4) * 2).tolist()[1]
     [1.0, -1.0, 1.0, -1.0]
     """
-    odd = width // (width & -width)
-    step = torch.arange(odd, dtype=torch.float64)
-    matrix = torch.cos(math.pi / odd * (step + 0.5) * step[:, None]) * math.sqrt(2 / odd)
-    matrix[0] /= math.sqrt(2)
+    matrix = cosines(width // (width & -width)).double()
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
     while len(matrix) < width:
         matrix = torch.kron(pair, matrix)
+    return matrix.float()
+
+
+@cache
+def cosines(width: int) -> Tensor:
+    """Orthonormal cosine basis (DCT-II), float32 ``[D, D]``, one frequency per row."""
+    step = torch.arange(width, dtype=torch.float64)
+    matrix = torch.cos(math.pi / width * (step + 0.5) * step[:, None]) * math.sqrt(2 / width)
+    matrix[0] /= math.sqrt(2)
     return matrix.float()
 
 

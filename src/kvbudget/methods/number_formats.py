@@ -46,8 +46,9 @@ class BF16(NumberFormat):
 class FP8E4M3(NumberFormat):
     """Stores keys and values as 8-bit floats with 4 exponent bits and one scale per KV head of a sequence.
 
-    As the fp8 caches of vLLM and of transformers (there with a scale per layer): the scale is found from the first entries
-    that are coded, with a factor of two to spare, and stays. Relative error at most 1/16. True bits: 8.
+    Paper: Rossi et al., arXiv 2309.07158, 2023. As the fp8 caches of vLLM and of transformers (there with a scale per
+    layer): the scale is found from the first entries that are coded, with a factor of two to spare, and stays. Relative
+    error at most 1/16. True bits: 8.
     """
 
     name = "fp8_e4m3"
@@ -60,7 +61,8 @@ class FP8E4M3(NumberFormat):
 class FP8E5M2(NumberFormat):
     """Stores keys and values as 8-bit floats with 5 exponent bits: more range, less precision than fp8_e4m3.
 
-    Relative error at most 1/8. True bits: 8, and one scale per KV head of a sequence.
+    Paper: Rossi et al., arXiv 2309.07158, 2023. Relative error at most 1/8. True bits: 8, and one scale per KV head of a
+    sequence.
     """
 
     name = "fp8_e5m2"
@@ -73,7 +75,8 @@ class FP8E5M2(NumberFormat):
 class Int8(NumberFormat):
     """Stores keys and values as 8-bit integers, min-max per entry and head (a scale and a zero for all its channels).
 
-    True bits: 8 + 32 / head_dim. Attended without decoding.
+    Paper: the integers beside the formats of Rossi et al., arXiv 2309.07158, 2023. True bits: 8 + 32 / head_dim. Attended
+    without decoding.
     """
 
     name = "int8"

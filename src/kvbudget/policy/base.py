@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvbudget.segments.dense import DenseSegment
+
 if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
     from kvbudget.policy.view import View
+    from kvbudget.segments.base import Segment
     from kvbudget.segments.selective import Chosen, Reading
 
 Span = tuple[int, int]
@@ -242,6 +245,10 @@ class Destination(Part, ABC):
     def fixed_bytes(self, key_dim: int, value_dim: int, itemsize: int) -> float:
         """Bytes per sequence and KV head that the destination may hold beside the entries, whatever their number."""
         return 0.0
+
+    def make_segment(self, num_rows: int, key_dim: int, value_dim: int, device: torch.device | None = None) -> Segment:
+        """An empty segment as the destination holds them in front of the layer's own."""
+        return DenseSegment(num_rows)
 
     def main_entries(self, nbytes: float, cost: EntryCost, seen: int, floor: int) -> float:
         """Entries per KV head that stay in place when a head may hold ``nbytes`` and ``seen`` tokens have been seen.

@@ -257,4 +257,6 @@ class CodecStore:
         return [self.codec.sizes({name: self.sealed.row(name, r) for name in names}, width) for r in rows]
 
     def _most(self) -> int:
-        return self.codec.payload_bytes(self.tail.columns["data"].shape[-1]) if self.codec.variable else 0
+        """Most bytes of a unit in the payload."""
+        data = self.tail.columns.get("data")
+        return self.codec.payload_bytes(data.shape[-1]) if self.codec.variable and data is not None else 0
