@@ -59,10 +59,15 @@ def expected_bits(codec: Codec, width: int, entries: int, itemsize: int) -> floa
 
 
 def measure(
-    model: PreTrainedModel, recording: Recording, policy: str, continuation: Tensor, full: Tensor
+    model: PreTrainedModel,
+    recording: Recording,
+    policy: str,
+    continuation: Tensor,
+    full: Tensor,
+    budget: int | str | None = None,
 ) -> tuple[float, Fidelity]:
     """True bits after the recorded context under a policy, and how its next-token logits differ from ``full [n, V]``."""
-    cache = replay(recording, KVCache(model, policy))
+    cache = replay(recording, KVCache(model, policy, budget))
     logits = continuation_logits(model, cache, recording.logits, continuation)
     return true_bits(cache), compare_logits(full, logits, continuation[0])
 
