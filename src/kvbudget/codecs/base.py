@@ -84,6 +84,9 @@ class Codec(ABC):
     variable: ClassVar[bool] = False
     """Whether units differ in size: ``encode`` then also gives their bytes, one after the other, as column ``payload``."""
 
+    placed: ClassVar[bool] = True
+    """Whether `encode` looks at its place."""
+
     unit: int = 1
     residual: int = 0
     cyclic: bool = False
