@@ -31,9 +31,8 @@ def true_bits(cache: KVCache) -> float:
         if isinstance(layer, AttentionLayer):
             for segment in layer.store.segments:
                 if segment.longest:
-                    width = segment.row_keys(0, 0, 0).shape[-1] + segment.values().shape[-1]
                     bits += 8 * stored_bytes(segment)
-                    elements += sum(segment.lengths) * width
+                    elements += sum(segment.lengths) * _width(segment)
     return bits / max(elements, 1)
 
 
@@ -87,6 +86,13 @@ def codecs(model: PreTrainedModel) -> list[str]:
                 continue
             found.append(policy)
     return list(dict.fromkeys(found))
+
+
+def _width(segment: Segment) -> int:
+    """Channels of a key and a value."""
+    if isinstance(segment, QuantizedSegment):
+        return sum(store.tail.columns["data"].shape[-1] for store in (segment.key, segment.value))
+    return sum(segment.meta.columns[name].shape[-1] for name in ("key", "value"))
 
 
 def _cells(table: RaggedTable, names: tuple[str, ...]) -> float:
