@@ -79,6 +79,8 @@ class Codec(ABC):
 
     scope: ClassVar[Scope] = "entry"
     """Whether scales and the like belong to an entry, to a unit of entries or to the state of a row."""
+    calibrated: ClassVar[str] = ""
+    """The method whose calibration the codec needs, if any."""
     judges: ClassVar[bool] = False
     """Whether `judge` wants to see which entries the queries look at."""
     variable: ClassVar[bool] = False
