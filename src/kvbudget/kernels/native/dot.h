@@ -78,14 +78,15 @@ KV_INLINE void store_sums(float* p, vf a, vf b, vf c, vf d) {
 template <class C, int MT, bool Scaled>
 void dot_rows(Rows rows, int n, const float* q, int64_t q_stride, int chunks, const float* start, const LaneScales& scales,
               int64_t first, float* out, int64_t out_stride) {
-  constexpr int R = MT == 4 ? 2 : 4;  // MT * R accumulators, MT queries and one key fit in sixteen registers
+  // MT * R accumulators, MT queries and one key fit in sixteen registers, and a word of codes per row where it serves many steps.
+  constexpr int R = MT == 4 || (MT == 3 && C::codes) ? 2 : 4;
   for (int t = 0; t < n; t += 4 * C::entries, rows.base += 4 * rows.step) {
     vf acc[4 / R][MT][R];
     for (int half = 0; half < 4 / R; ++half)
       dot_tile<C, MT, R, Scaled>({rows.at(half * R), rows.step}, q, q_stride, chunks, start, scales,
                                  first + t + half * R * C::entries, acc[half]);
     for (int m = 0; m < MT; ++m)
-      store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][4 % R + (R == 2 ? 0 : 2)],
+      store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][R - 2],
                              acc[4 / R - 1][m][R - 1]);
   }
 }

@@ -257,7 +257,7 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
   const float share = static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
   for (int m = 0; m < M; ++m) {
     vf bias[2] = {};
-    for (int i = 0; i < D; i += 2 * W) {
+    for (int i = 0; i < D; i += 2 * W) {  // codes with a direct form have a multiple of 32 channels
       bias[0] += load(s.query + m * D + i) * load(s.key.meta + i);
       bias[1] += load(s.query + m * D + i + W) * load(s.key.meta + i + W);
     }
