@@ -185,7 +185,7 @@ def _costs(cells: Cells) -> Iterator[str]:
             f"| {cell['policy']} | {cell['budget']} | {format_bytes(int(costs['nbytes']))} | "
             f"{costs['nbytes'] / costs['full_bytes']:.0%} | {format_bytes(int(costs['peak_bytes']))} | "
             f"{costs['prefill_seconds']:.2f} | {costs['compression_seconds']:.2f} | "
-            f"{costs['decode_tokens_per_second']:.1f} |"
+            f"{costs.get('decode_tokens_per_second', math.nan):.1f} |"
         )
     yield ""
 

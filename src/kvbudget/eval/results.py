@@ -19,7 +19,7 @@ INFORMATIVE = 0.5
 class ResultsFile:
     """``path`` holds a line per finished cell; ``path.journal`` a line per example until its cell is finished.
 
-    Every line is written and flushed whole, so a kill loses at most the example that was being computed. A line cut off
+    Every line is written and flushed whole, so a kill loses at most the examples that were being computed. A line cut off
     by a kill is passed over.
     """
 
