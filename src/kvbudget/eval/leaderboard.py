@@ -102,7 +102,10 @@ def _task(name: str, cells: Cells) -> Iterator[str]:
     good = [c for c in cells if c["scores"]]
     headline, higher = good[0]["headline"], good[0]["higher_is_better"]
     yield from (f"## {name}", "")
-    yield f"{score_name(headline)}, {'higher' if higher else 'lower'} is better, {len(good[0]['examples'])} contexts."
+    done, asked = len(good[0]["examples"]), good[0]["count"]
+    yield f"{score_name(headline)}, {'higher' if higher else 'lower'} is better, {done} contexts."
+    if done < asked:
+        yield f"Under way: {asked} contexts are asked for."
     if full is not None and not informative(full):
         yield "Not informative: the full cache itself cannot do it."
     if full is not None and full["labeled"] and full["scores"]:

@@ -50,6 +50,7 @@ class Matrix:
             ``-finch`` leaves one out. A task may carry ``@visible``, which puts the question into the text that is compressed (``needle(length=2048)@visible``).
         length: tokens per context, for tasks that do not name their own. count: contexts per cell. seed: of every example.
         dtype: of the model. text: a file or folder of texts for contexts (None: what is at hand).
+        decode_speed: measure it, on the first context of the first task.
     """
 
     model: str = "smollm2-135m"
@@ -61,6 +62,7 @@ class Matrix:
     seed: int = 0
     dtype: str = "float32"
     text: str | None = None
+    decode_speed: bool = True
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Matrix:

@@ -75,7 +75,7 @@ def write_report(results: Path, folder: Path, markdown: Path | None = None) -> P
 
     The leaderboard is also written to ``markdown``.
     """
-    cells = ResultsFile(results).cells()
+    cells = ResultsFile(results).report()
     if not cells:
         raise KVBudgetError(f"{str(results)!r} holds no finished cell; run kvbudget bench --results {results} first")
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,7 @@ from kvbudget.eval.fidelity import attention_calls, attention_errors
 from kvbudget.eval.matrix import Cell, Matrix
 from kvbudget.eval.filling import Filler
 from kvbudget.eval.replay import record, replay
-from kvbudget.eval.results import ResultsFile
-from kvbudget.eval.stats import bootstrap
+from kvbudget.eval.results import ResultsFile, mean, summary
 from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, read_together, visible_form
 from kvbudget.layer import AttentionCall
 from kvbudget.models import load
@@ -60,14 +59,16 @@ class Bench:
         """Runs groups of cells that share their contexts."""
         done, total = 0, sum(len(group) * group[0].count for group in groups)
         known = self.results.examples()
-        timed = next(iter(self.matrix.groups()))[0]
+        first = next(self.matrix.groups())[0]
         for group in groups:
             task = tasks.parse(group[0].task)
             lines: dict[str, list[dict[str, Any]]] = {cell.key: [] for cell in group}
+            about = {cell.key: _about(cell, task) for cell in group}
             errors: dict[str, str] = {}
-            time_decoding = (group[0].task, group[0].visible) == (timed.task, timed.visible)
+            is_first = (group[0].task, group[0].visible) == (first.task, first.visible)
+            timed = is_first and self.matrix.decode_speed
             for number, example in enumerate(task.examples(tokenizer, group[0].count, group[0].seed)):
-                runs = _Runs(model, tokenizer, task, example, group[0].visible, first=not number, timed=time_decoding)
+                runs = _Runs(model, tokenizer, task, example, group[0].visible, first=not number, timed=timed)
                 for begin in range(0, len(group), TOGETHER):
                     cells = group[begin : begin + TOGETHER]
                     missing = [c for c in cells if (c.key, number) not in known and c.key not in errors]
@@ -78,7 +79,7 @@ class Bench:
                         if isinstance(result, Exception):
                             errors[cell.key] = f"{type(result).__name__}: {result}"
                         elif result is not None:
-                            line = {"key": cell.key, "example": number, **result}
+                            line = {"key": cell.key, "example": number, **result, "cell": about[cell.key]}
                             self.results.add_example(line)
                         if line is not None:
                             lines[cell.key].append(line)
@@ -86,7 +87,7 @@ class Bench:
                         if self.progress is not None:
                             self.progress(done, total, f"{task.name}: {cell.policy} {cell.budget}")
             for cell in group:
-                self.results.add_cell(_summary(cell, task, lines[cell.key], errors.get(cell.key)))
+                self.results.add_cell(summary(cell.key, about[cell.key], lines[cell.key], errors.get(cell.key)))
 
 
 class _Runs:
@@ -142,7 +143,7 @@ class _Runs:
         info = dict(self.example.info)
         return {
             cell.key: failed.get(cell.key)
-            or {"scores": _mean(scores[cell.key]), "costs": _mean(costs[cell.key]), "info": info, **details[cell.key]}
+            or {"scores": mean(scores[cell.key]), "costs": mean(costs[cell.key]), "info": info, **details[cell.key]}
             for cell in cells
         }
 
@@ -250,30 +251,14 @@ class _Runs:
         return 1.0 / sorted(times)[len(times) // 2]
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means by name; a name may be missing from some rows."""
-    named = {name: [row[name] for row in rows if name in row] for name in rows[0]}
-    return {name: sum(values) / len(values) for name, values in named.items()}
-
-
-def _summary(cell: Cell, task: Task, lines: list[dict[str, Any]], error: str | None) -> dict[str, Any]:
-    means = {}
-    for name in lines[0]["scores"] if lines else ():
-        interval = bootstrap([line["scores"][name] for line in lines], seed=cell.seed)
-        means[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+def _about(cell: Cell, task: Task) -> dict[str, Any]:
+    """What a cell is, as plain data."""
     return {
-        "key": cell.key,
         **asdict(cell),
         "headline": task.headline,
         "higher_is_better": task.higher_is_better,
         "labeled": task.labeled,
         "chance": task.chance,
-        "scores": means,
-        "costs": _mean([line["costs"] for line in lines]) if lines else {},
-        "examples": [{"scores": line["scores"], "info": line["info"]} for line in lines],
-        "kept": lines[0].get("kept", []) if lines else [],
-        "layer_errors": lines[0].get("layer_errors", []) if lines else [],
-        "error": error,
         "versions": {name: version(name) for name in ("kvbudget", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
