@@ -35,14 +35,23 @@ class Enforcer(Shares):
 
         Without ``finish`` (a speculation that may be taken back) it stops after the statistics.
         """
-        layer = self.layers[index]
-        if not self.measured:
-            self.measured = [[] for _ in self.layers]
+        self.observe(index, view)
+        self.act(index, view, finish=finish)
+
+    def observe(self, index: int, view: View) -> None:
+        """The statistics that a layer's scorer and destination keep, which no budget changes."""
         if self.parts.scorer is not None:
             if self._leader(index) == index:
                 self.parts.scorer.observe(view)
             if self.parts.destination is not None:
                 self.parts.destination.observe(view)
+
+    def act(self, index: int, view: View, *, finish: bool = True) -> None:
+        """What follows the statistics: the allocator's measurement, evictions and codecs."""
+        layer = self.layers[index]
+        if not self.measured:
+            self.measured = [[] for _ in self.layers]
+        if self.parts.scorer is not None:
             allocator = self.parts.layers
             last = self.measured[index] or [None] * layer.batch_size
             if allocator is not None and allocator.measures:

@@ -97,10 +97,15 @@ class Evaluator:
         return found
 
     def _runs(self, number: int) -> Runs:
-        return Runs(self.model, self.tokenizer, self.task, self.examples[number], visible=self.cell.visible)
+        example, visible = self.examples[number], self.cell.visible
+        return Runs(self.model, self.tokenizer, self.task, example, visible, first=False, timed=False)
 
     def _value(self, runs: Runs, policy: str) -> float:
-        scores = runs.run(replace(self.cell, policy=policy), first=False)["scores"]
+        cell = replace(self.cell, policy=policy)
+        found = runs.run([cell])[cell.key]
+        if isinstance(found, Exception):
+            raise found
+        scores = found["scores"]
         if self.score not in scores:
             raise KVBudgetError(f"task {self.task.name} has no score {self.score!r}{nearest(self.score, scores)}")
         return self.sign * scores[self.score]

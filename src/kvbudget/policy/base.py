@@ -361,9 +361,8 @@ class Parts:
 
     @property
     def replayable(self) -> bool:
-        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
-        reads_all = self.selector is None or not self.selector.prefill
-        return self.plan is None and reads_all and not self.uses_marks and not self.thinning
+        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own begins with."""
+        return not self.thinning and (self.selector is None or not self.selector.prefill)
 
 
 class Recipe:
