@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--budget", default=None, help="for policies that evict, such as 2MiB; none by default")
     parser.add_argument("--policies", default="", help="joined by ;, instead of all codecs")
     parser.add_argument("--results", type=Path, default=Path("results/rate_distortion.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/rate_distortion.png"))
@@ -38,10 +39,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     source = arguments.text or default_source()
-    setting = {name: getattr(arguments, name) for name in ("model", "context", "continuation")} | {"source": source}
+    setting = {name: getattr(arguments, name) for name in ("model", "context", "continuation", "budget")} | {
+        "source": source
+    }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     known = arguments.results.read_text().splitlines() if arguments.results.exists() else []
-    lines = [line for line in map(json.loads, known) if all(line[name] == x for name, x in setting.items())]
+    lines = [line for line in map(json.loads, known) if all(line.get(name) == x for name, x in setting.items())]
     done = {(line["text"], line["policy"]) for line in lines}
     model, tokenizer = kvbudget.load(arguments.model)
     policies = arguments.policies.split(";") if arguments.policies else ["full", *codecs(model)]
@@ -56,7 +59,7 @@ def main() -> None:
             whole = replay(recording, kvbudget.KVCache(model, "full"))
             full = continuation_logits(model, whole, recording.logits, continuation)
             for policy in missing:
-                bits, fidelity = measure(model, recording, policy, continuation, full)
+                bits, fidelity = measure(model, recording, policy, continuation, full, arguments.budget)
                 found = {"policy": policy, "bits": round(bits, 4), "kl": fidelity.kl_mean, "rise": fidelity.nll_rise}
                 line = {"text": number, **found, "agreement": fidelity.agreement, **setting}
                 print(json.dumps(line), file=file, flush=True)
