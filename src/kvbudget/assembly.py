@@ -12,7 +12,7 @@ from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
 from kvbudget.models import CacheGeometry, fingerprint, rotation_of
-from kvbudget.policy.base import Parts, Span, Trigger
+from kvbudget.policy.base import LookingBack, Parts, Span, Trigger
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
@@ -40,6 +40,11 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
             "use when='over_budget', or give tokens or a fraction"
         )
+    if isinstance(parts.selector, LookingBack) and (evicts or parts.codec is not None):
+        raise PolicyError(
+            f"{policy}: queries that are answered again need every entry as it was, so no method that evicts or codes goes "
+            "with this selector; use it alone"
+        )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:
@@ -53,15 +58,18 @@ def budgeted_layer(
     shape = geometry.layers[index]
     scorer_states = () if parts.scorer is None else parts.scorer.states
     extra = () if parts.destination is None else parts.destination.columns
+    looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
+    read_states = () if looks_back is None else looks_back.states
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
     layer = LayerCache(
         index,
         shape.num_kv_heads,
         make_segment=segment_maker(parts),
-        states=(*scorer_states, *extra),
+        states=(*scorer_states, *extra, *read_states),
         rotation=rotation,
-        selector=parts.selector,
+        selector=None if isinstance(parts.selector, LookingBack) else parts.selector,
+        reads=looks_back,
     )
     layer.depth = geometry.budgeted_layers.index(index) / max(1, len(geometry.budgeted_layers) - 1)
     layer.page = parts.granularity.size

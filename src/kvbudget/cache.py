@@ -30,6 +30,7 @@ from kvbudget.policy.policy import Policy
 from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
+from kvbudget.segments import retrospective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,6 +145,7 @@ class KVCache(Cache):
         self._valid: Tensor | None = None
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
+        self.trail: Tensor | None = None
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
         self._rope_switch = rope_switch(model.config)
         self.prefilled: Prefilled | None = None
@@ -329,6 +331,21 @@ class KVCache(Cache):
                 return f"the recurrent state of layer {index} has absorbed them"
         return None
 
+    @torch.inference_mode()
+    def revisit(self, tokens: int) -> bool:
+        """Lets the newest ``tokens`` come again, with those after them, for a policy that answers their queries anew.
+
+        False, and nothing is changed, where they are no longer held as they came.
+        """
+        self._usable()
+        if self.recording or self.pending or self._obstacle(tokens) is not None:
+            return False
+        for layer in self.layers:
+            assert isinstance(layer, AttentionLayer)
+            retrospective.take_back(layer.store, tokens)
+            layer.columns -= tokens
+        return True
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i goes on from the former sequence ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
@@ -355,6 +372,7 @@ class KVCache(Cache):
             else:
                 layer.reorder_cache(indices)
         self.enforcer.select_sequences(index)
+        self.trail = None if self.trail is None else self.trail[index]
         if grows and self.budget.kind == "bytes" and self.parts.scorer is not None:
             self.enforcer.settle_all()
         if self.prefilled is not None:
@@ -371,7 +389,7 @@ class KVCache(Cache):
             else:
                 self.layers[index] = LinearAttentionLayer()
         self.enforcer.reset()
-        self._recorded, self._gaps, self._valid = {}, False, None
+        self._recorded, self._gaps, self._valid, self.trail = {}, False, None, None
         self.broken, self.recording, self.peak_bytes, self.prefilled = None, False, 0, None
 
     # -- what the user calls -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbudget.kernels import flash, merge
 from kvbudget.kernels.reference import Partial
-from kvbudget.segments import selective
+from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.ragged import ranges
@@ -57,7 +57,7 @@ class LayerCache:
     ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
     the layer's own sliding window: entries outside of it are dropped after every forward.
     ``depth`` runs from 0 in the first budgeted layer to 1 in the last. A ``selector`` says what queries read of the entries
-    held (extra passes of a plan and of measurements read everything).
+    held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -71,6 +71,7 @@ class LayerCache:
         window: int | None = None,
         rotation: RotatesKeys | None = None,
         selector: selective.Selects | None = None,
+        reads: retrospective.Reads | None = None,
     ) -> None:
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads
@@ -79,6 +80,7 @@ class LayerCache:
         self.window = window
         self.rotation = rotation
         self.selector = selector
+        self.reads = reads
         self.main: list[Segment] = []
         self.front: list[Segment] = []
         self.statistics: dict[str, Tensor] = {}
@@ -130,6 +132,13 @@ class LayerCache:
         """
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
+        if self.reads is not None:
+            again = self.statistics.get(retrospective.RETURNED)
+            fresh = call.query.shape[2] - (0 if again is None else again.shape[1])
+            if call.valid is None and fresh <= FEW_TOKENS:
+                out, lse = retrospective.attend(self, self.reads, call)
+                return out.to(call.query.dtype), lse
+            retrospective.forget(self)
         few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
         if few:
             self.append(call.key, call.value, None)

@@ -176,6 +176,30 @@ class Selector(Part, ABC):
 
 
 @dataclass(frozen=True)
+class LookingBack(Part, ABC):
+    """A selector for forwards of few tokens in which the newest ``window`` queries share what each of them reads.
+
+    What a query has missed completes its stored answer (`kvbudget.segments.retrospective`), and a driver takes its token
+    through the layers again. ``states`` as for a `Scorer`.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+
+    window: int = 2
+
+    @abstractmethod
+    def read(self, layer_idx: int, query: Tensor, keys: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Which of the ``visible [B, Hkv, n, T]`` entries each query reads: bool of the same shape.
+
+        ``query [B, Hkv, G, n, D]`` and ``keys [B, Hkv, T, D]`` in float32, ``positions [B, Hkv, T]`` (-1: an empty cell).
+        """
+
+    def fixed_bytes(self, value_dim: int, group: int) -> float:
+        """Bytes per sequence and KV head of the stored answers."""
+        return (self.window - 1) * group * 4.0 * (value_dim + 1)
+
+
+@dataclass(frozen=True)
 class Granularity(Part):
     """Units in which entries are evicted: ``size`` consecutive stored entries, once a unit is full."""
 
@@ -320,7 +344,7 @@ class Parts:
     heads: HeadAllocator | None = None
     refinement: Refinement | None = None
     threshold: float | None = None
-    selector: Selector | None = None
+    selector: Selector | LookingBack | None = None
     granularity: Granularity = Granularity()
     stages: Stages | None = None
     destination: Destination | None = None
@@ -338,7 +362,7 @@ class Parts:
     @property
     def replayable(self) -> bool:
         """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
-        reads_all = self.selector is None or not self.selector.prefill
+        reads_all = self.selector is None or not getattr(self.selector, "prefill", False)
         return self.plan is None and reads_all and not self.uses_marks
 
 
