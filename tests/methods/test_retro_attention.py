@@ -149,7 +149,7 @@ def test_generation_runs_under_the_driver_and_bytes_count_the_answers():
     assert list(answer.token_ids) == ids[0, 80:].tolist() and answer.cache.seen == [91]
     assert retrospective.OUTPUTS in answer.cache.layers[0].store.statistics and not model._forward_pre_hooks
     held = KVCache(model, policy, "1KiB")
-    with pytest.raises(BudgetError, match="give at least (.*)B .* or add") as refused, torch.inference_mode():
+    with pytest.raises(BudgetError, match="give at least") as refused, torch.inference_mode():
         model(random_text(80), past_key_values=held)
     need = int(str(refused.value).split("give at least ")[1].split("B")[0])
     exact, _ = decoded(model, policy, random_text(74), 6)
