@@ -45,6 +45,8 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"{policy}: queries that are answered again need every entry as it was, so no method that evicts or codes goes "
             "with this selector; use it alone"
         )
+    if parts.sharing is not None and parts.selector is not None:
+        raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:

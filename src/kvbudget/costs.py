@@ -55,9 +55,12 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     return EntryCost(per_entry, fixed, aside)
 
 
-def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes per sequence of what no budget can shrink: sliding windows, convolution and recurrent states."""
-    geometry = CacheGeometry.from_config(config)
+def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype, geometry: CacheGeometry | None = None) -> int:
+    """Bytes per sequence of what no budget can shrink: sliding windows, convolution and recurrent states.
+
+    ``geometry`` is that of the configuration, or what a policy's sharing map makes of it.
+    """
+    geometry = geometry or CacheGeometry.from_config(config)
     total = 0
     for shape in geometry.layers:
         if shape.kind == "sliding" and shape.window:

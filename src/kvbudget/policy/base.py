@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
+    from kvbudget.policy.sharing import Sharing
     from kvbudget.policy.view import View
     from kvbudget.segments.selective import Chosen, Reading
 
@@ -34,6 +35,7 @@ Role = Literal[
     "trigger",
     "plan",
     "protect",
+    "sharing",
 ]
 
 
@@ -347,6 +349,7 @@ class Parts:
     selector: Selector | LookingBack | None = None
     granularity: Granularity = Granularity()
     stages: Stages | None = None
+    sharing: Sharing | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()
@@ -363,7 +366,7 @@ class Parts:
     def replayable(self) -> bool:
         """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
         reads_all = self.selector is None or not getattr(self.selector, "prefill", False)
-        return self.plan is None and reads_all and not self.uses_marks
+        return self.plan is None and self.sharing is None and reads_all and not self.uses_marks
 
 
 class Recipe:
