@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute import kept_positions
+from test_less import weights as state_weights
 from test_registry import feed
 from torch import Tensor
 
@@ -14,7 +15,14 @@ from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.moments import triangle
 from tiny import left_padded, random_text, tiny_model
 
-POLICIES = ("qfilters(recent=8)", "expected_attention_stats", "compresskv(least=8)", "snapkv(window=8)+top_theta")
+POLICIES = (
+    "qfilters(recent=8)",
+    "expected_attention_stats",
+    "compresskv(least=8)",
+    "snapkv(window=8)+top_theta",
+    "less",
+    "snapkv(window=8)+kvsharer",
+)
 
 
 def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
@@ -28,6 +36,8 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
+        "less": (state_weights(), {}),
+        "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},
             {"on": "weights", "k": 8, "first": 16},
@@ -55,7 +65,7 @@ def test_padded_rows_equal_their_single_runs(policy):
         single = KVCache(model, policy, 48)
         expected = feed(model, single, torch.cat([text, ids[b : b + 1, -6:]], dim=1), [text.shape[1]] + [1] * 6)
         torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=1e-4, rtol=0)
-        for layer in range(2):
+        for layer in range(len(batch.enforcer.layers)):
             assert kept_positions(batch, layer, b) == kept_positions(single, layer)
 
 
