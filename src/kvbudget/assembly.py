@@ -47,10 +47,24 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         )
     if parts.sharing is not None and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
+    if parts.projection is not None:
+        fitted = [recipe.name for recipe in policy.recipes if "calibration" in recipe.needs]
+        if parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates) or len(fitted) > 1:
+            raise PolicyError(
+                f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
+                "model's own heads, does not go with them; use another scorer, with original positions"
+            )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:
         raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
+
+
+def laid_out(geometry: CacheGeometry, parts: Parts) -> CacheGeometry:
+    """What the layers hold under a policy: fewer heads where it projects them, nothing where they read another layer's."""
+    if parts.projection is not None:
+        geometry = parts.projection.layout(geometry)
+    return geometry if parts.sharing is None else parts.sharing.layout(geometry)
 
 
 def budgeted_layer(

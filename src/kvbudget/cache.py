@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbudget import attention
-from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, with_trigger
+from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, laid_out, with_trigger
 from kvbudget.attention import LayerHandle, LazyMask, TextLength
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
@@ -121,8 +121,7 @@ class KVCache(Cache):
             policy, self.reason = choice.policy, choice.reason
         self.policy = bound(parse(policy), model)
         self.parts = with_trigger(self.policy.parts(), when)
-        sharing = self.parts.sharing
-        layout = self.geometry if sharing is None else sharing.layout(self.geometry)
+        layout = laid_out(self.geometry, self.parts)
         check_recipe(self.policy, self.parts, self.budget, layout)
         self.dtype = model.dtype
         stores: list[LayerCache] = []
@@ -179,7 +178,10 @@ class KVCache(Cache):
         if index == self._first:
             self._begin(call, mask, position_ids)
         call.window, call.valid = layer.store.window, self._valid
-        owner = self.layers[layer.store.layer_idx]
+        owner, asked = self.layers[layer.store.layer_idx], call
+        projection = self.parts.projection if layer.store.layer_idx in self._at else None
+        if projection is not None:
+            call = projection.enter(owner.index, call)
         if index != owner.index:
             call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
         elif owner.readers:
@@ -189,7 +191,7 @@ class KVCache(Cache):
             self.probing(index, call, lse, own)
             if index == self._last:
                 self._valid, self._calls = None, {}
-            return out
+            return out if projection is None else projection.leave(owner.index, out, asked)
         self._enter(index)
         out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
         queries = Queries(call.query, lse, call.scale, call.softcap, call.valid)
@@ -207,7 +209,7 @@ class KVCache(Cache):
             self._finish(index, queries)
         if index == self._last:
             self._end(big)
-        return out
+        return out if projection is None else projection.leave(owner.index, out, asked)
 
     def _answered(self, index: int) -> None:
         """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from kvbudget.assembly import laid_out
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
 from kvbudget.enforcer import Enforcer
@@ -110,8 +111,7 @@ def plan(
     if "calibration" in chosen.needs:
         raise PolicyError(f"what {chosen} keeps depends on a calibration of the model; plan with another method")
     full_bytes = batch * geometry.cache_bytes(context, dtype.itemsize)
-    sharing = chosen.parts().sharing
-    geometry = geometry if sharing is None else sharing.layout(geometry)
+    geometry = laid_out(geometry, chosen.parts())
     overhead = overhead_bytes(config, dtype, geometry)
     purchases = []
     for budget in wanted:

@@ -22,6 +22,7 @@ POLICIES = (
     "snapkv(window=8)+top_theta",
     "less",
     "snapkv(window=8)+kvsharer",
+    "h2o+kv_heads",
 )
 
 
@@ -37,6 +38,10 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
         ),
         "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
         "less": (state_weights(), {}),
+        "kv_heads": (
+            {name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q for name in ("keys", "values")},
+            {},
+        ),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},

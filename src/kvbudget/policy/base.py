@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
+    from kvbudget.policy.projection import HeadProjection
     from kvbudget.policy.sharing import Sharing
     from kvbudget.policy.view import View
     from kvbudget.segments.selective import Chosen, Reading
@@ -36,6 +37,7 @@ Role = Literal[
     "plan",
     "protect",
     "sharing",
+    "projection",
 ]
 
 
@@ -350,6 +352,7 @@ class Parts:
     granularity: Granularity = Granularity()
     stages: Stages | None = None
     sharing: Sharing | None = None
+    projection: HeadProjection | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()
@@ -366,7 +369,9 @@ class Parts:
     def replayable(self) -> bool:
         """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
         reads_all = self.selector is None or not getattr(self.selector, "prefill", False)
-        return self.plan is None and self.sharing is None and reads_all and not self.uses_marks
+        return (
+            self.plan is None and self.sharing is None and self.projection is None and reads_all and not self.uses_marks
+        )
 
 
 class Recipe:
