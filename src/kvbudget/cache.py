@@ -171,9 +171,11 @@ class KVCache(Cache):
 
     # -- what the attention function calls -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.attend(index, call, mask, position_ids)
         layer = self.layers[index]
         if index == self._first:
             self._begin(call, mask, position_ids)
@@ -195,8 +197,9 @@ class KVCache(Cache):
         self._enter(index)
         out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
         queries = Queries(call.query, lse, call.scale, call.softcap, call.valid)
-        layer.columns += call.query.shape[2]
-        big = call.query.shape[2] > self.parts.trigger.every
+        new = call.query.shape[2]
+        layer.columns += new
+        big = new > self.parts.trigger.every
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self.parts.sharing is not None:

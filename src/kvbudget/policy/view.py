@@ -167,13 +167,14 @@ class View:
         query, lse = queries.last(last)
         members = query.shape[1] // self.num_kv_heads
         rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
-        parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
-        masses = [list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in parts]
-        for found in zip(*masses, strict=True):
-            segment, rows = found[0]
-            if len(found) > 1:
-                rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
-            segment.add_to_state(name, rows, rows_decay, 1 / members if group == "mean" else 1.0)
+        if group != "max" or members == 1:
+            factor = 1 / members if group == "mean" else 1.0
+            self.layer.add_mass(name, query, lse, queries, rows_decay, factor)
+            return
+        each = [slice(g, None, members) for g in range(members)]
+        for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
+            rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
+            found[0][0].add_to_state(name, rows, rows_decay)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.codecs.base import Codec
 from kvbudget.kernels.reference import DenseOperand, Operand, Partial
-from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.ragged import RaggedTable
 
 
@@ -36,6 +36,8 @@ class CodecStore:
     def seal(self) -> None:
         """Encodes what the tail holds beyond its residual."""
         codec = self.codec
+        if self.tail.longest < codec.lump + (0 if codec.cyclic else codec.residual):
+            return
         due = []
         for length in self.tail.lengths:
             over = length if codec.cyclic else max(0, length - codec.residual)
@@ -85,6 +87,12 @@ class CodecStore:
             return self.codec.operand(self.sealed.columns, self.sealed.starts, begin)
         offsets = [s + b - n for s, b, n in zip(self.tail.starts, begin, self.num_sealed, strict=True)]
         return DenseOperand(self.tail.columns["data"], offsets)
+
+    def side(self) -> Side:
+        """Both parts for a lane."""
+        codes, tail = self.sealed, DenseOperand(self.tail.columns["data"], self.tail.starts)
+        sealed = self.codec.operand(codes.columns, codes.starts, [0] * codes.num_rows) if codes.columns else None
+        return Side(sealed, self.codec.unit, codes if codes.columns else None, tail, self.tail)
 
     def share(self) -> "CodecStore":
         other = object.__new__(CodecStore)
@@ -205,6 +213,11 @@ class QuantizedSegment(Segment):
 
     def tensors(self) -> list[Tensor]:
         return super().tensors() + ([] if self.balance is None else [self.balance])
+
+    def sides(self) -> tuple[Side, Side] | None:
+        if self.balance is not None or "count" in self.meta.columns or not self.meta.columns:
+            return None
+        return self.key.side(), self.value.side()
 
     def parts(self) -> dict[str, int]:
         parts = {"keys": 0, "values": 0, "codec metadata": 0, "tails": self.key.tail.nbytes + self.value.tail.nbytes}
