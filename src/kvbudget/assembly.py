@@ -47,6 +47,13 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         )
     if parts.sharing is not None and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
+    if parts.sharing is not None and parts.sharing.merges:
+        moved = parts.position_mode == "moved"
+        if parts.layers is not None or parts.destination is not None or parts.codec is not None or moved:
+            raise PolicyError(
+                f"{policy}: merged layers hold the same entries, as they were merged; allocators over layers, codecs, "
+                "destinations and moved positions do not go with them"
+            )
     if parts.projection is not None:
         fitted = [recipe.name for recipe in policy.recipes if "calibration" in recipe.needs]
         if parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates) or len(fitted) > 1:
@@ -78,10 +85,12 @@ def budgeted_layer(
     read_states = () if looks_back is None else looks_back.states
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
+    paired = any(other.owner == index for other in geometry.layers)
+    merged = parts.sharing.segment if parts.sharing is not None and parts.sharing.merges and paired else None
     layer = LayerCache(
         index,
         shape.num_kv_heads,
-        make_segment=segment_maker(parts),
+        make_segment=segment_maker(parts) if merged is None else merged,
         states=(*scorer_states, *extra, *read_states),
         rotation=rotation,
         selector=None if isinstance(parts.selector, LookingBack) else parts.selector,

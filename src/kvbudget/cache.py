@@ -184,7 +184,10 @@ class KVCache(Cache):
         projection = self.parts.projection if layer.store.layer_idx in self._at else None
         if projection is not None:
             call = projection.enter(owner.index, call)
-        if index != owner.index:
+        merges = self.parts.sharing is not None and self.parts.sharing.merges
+        if index != owner.index and merges:
+            call.face = 1
+        elif index != owner.index:
             call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
         elif owner.readers:
             self._calls[index] = call
@@ -205,7 +208,7 @@ class KVCache(Cache):
         if self.parts.sharing is not None:
             self._ready.setdefault(owner.index, queries)
             if index == (owner.readers or [index])[-1]:
-                self._answered(owner.index)
+                self._answered(owner.index, call if call.face else None)
         elif self.recording:
             self._recorded[index] = queries
         else:
@@ -214,11 +217,14 @@ class KVCache(Cache):
             self._end(big)
         return out if projection is None else projection.leave(owner.index, out, asked)
 
-    def _answered(self, index: int) -> None:
+    def _answered(self, index: int, upper: AttentionCall | None) -> None:
         """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered."""
         own = self._calls.pop(index, None)
         if own is not None:
-            self.layers[index].store.append(own.key, own.value, own.valid)
+            pair = (own.key, own.value)
+            if upper is not None:
+                pair = (torch.cat([own.key, upper.key], dim=-1), torch.cat([own.value, upper.value], dim=-1))
+            self.layers[index].store.append(*pair, own.valid)
         if self.recording:
             self._recorded[index] = self._ready.pop(index)
             return

@@ -48,6 +48,13 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + (codec.unit if codec.unit > 1 else 0)
             fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
+    pairs = sum(layer.owner is not None for layer in geometry.layers)
+    if parts.sharing is not None and parts.sharing.merges and pairs:
+        # All layers hold as many entries, so that the mean is what they cost; a share may be rounded up in some.
+        merged, once = parts.sharing.pair_bytes(sum(widths), item)
+        plain = per_entry - 4.0 * (1 + states)
+        per_entry += (merged - plain) * pairs / len(geometry.budgeted_layers)
+        fixed += once + abs(merged - plain)
     aside = 0.0
     if parts.destination is not None:
         fixed += parts.destination.fixed_bytes(*widths, item)

@@ -36,7 +36,8 @@ class RotatesKeys(Protocol):
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
-    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits.
+    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits;
+    ``face`` says which of the layers asks, where two share what they hold merged.
     """
 
     query: Tensor
@@ -47,6 +48,7 @@ class AttentionCall:
     window: int | None = None
     sink: Tensor | None = None
     valid: Tensor | None = None
+    face: int = 0
 
 
 class LayerCache:
@@ -465,7 +467,7 @@ class LayerCache:
         for segment in self.segments:
             if segment.longest:
                 own = tail if segment is newest else 0
-                ctx = AttendContext(call.scale, call.softcap, window, positions, own)
+                ctx = AttendContext(call.scale, call.softcap, window, positions, own, call.face)
                 yield segment.attend(self._turned(segment, query, n), ctx)
 
     def _inside(self, call: AttentionCall) -> Partial:

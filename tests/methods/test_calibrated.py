@@ -39,7 +39,10 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
         "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
         "less": (state_weights(), {}),
         "kv_heads": (
-            {name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q for name in ("keys", "values")},
+            {
+                name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q.contiguous()
+                for name in ("keys", "values")
+            },
             {},
         ),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),

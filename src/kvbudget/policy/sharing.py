@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvbudget.errors import PolicyError
 from kvbudget.models import CacheGeometry
 from kvbudget.policy.base import Part
+from kvbudget.segments.base import Segment
+from kvbudget.segments.paired import PairedSegment
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,9 @@ class Sharing(Part, ABC):
     A reader attends with its own queries to its owner's entries, new ones included; its own keys and values are dropped.
     Layers are counted among those with full attention, others are left alone.
     """
+
+    merges: ClassVar[bool] = False
+    """Whether an owner and its one reader hold their entries merged (`segment`), and each is answered by its own."""
 
     @abstractmethod
     def owners(self, layers: int) -> list[int]:
@@ -46,6 +52,14 @@ class Sharing(Part, ABC):
             if owner == i:
                 shapes[i] = geometry.layers[index[i]].sliding(windows[i])
         return geometry.replaced(dict(zip(index, shapes, strict=True)))
+
+    def segment(self, num_rows: int) -> Segment:
+        """What holds a pair of layers whose entries are merged."""
+        raise NotImplementedError
+
+    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
+        """Bytes of an entry of a merged pair with ``width`` elements of key and value, and those that come once per row."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -102,3 +116,25 @@ class Mixed(Sharing):
 
     def windows(self, layers: int) -> list[int]:
         return [0 if i >= self.first and (i - self.first) % self.every == 0 else self.window for i in range(layers)]
+
+
+@dataclass(frozen=True)
+class MergedPairs(Sharing):
+    """Neighboring layers two by two, from ``start * layers`` on, whose entries are held merged (`PairedSegment`)."""
+
+    merges: ClassVar[bool] = True
+
+    start: float = 0.5
+    part: float = 0.6
+    share: float = 0.05
+
+    def owners(self, layers: int) -> list[int]:
+        first = round(self.start * layers)
+        return [i if i < first else i - (i - first) % 2 for i in range(layers)]
+
+    def segment(self, num_rows: int) -> Segment:
+        return PairedSegment(num_rows, self.part, self.share)
+
+    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
+        retained = 2 * width * itemsize + 4 + 4  # position and angle
+        return (width + 4) * itemsize + self.share * retained, retained

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbudget.errors import PolicyError
 from kvbudget.kernels.reference import Partial
-from kvbudget.segments.base import AttendContext
+from kvbudget.segments.base import AttendContext, Side
 from kvbudget.segments.dense import DenseSegment
 
 Features = Callable[[Tensor], Tensor]
@@ -33,6 +33,9 @@ class StateSegment(DenseSegment):
         norm = torch.einsum("rms,rs->rm", phi, self.meta.grid("mass"))
         out = torch.einsum("rms,rsd->rmd", phi, self.meta.grid("value")) / norm.clamp_min(TINY)[..., None]
         return Partial(out, norm.clamp_min(TINY).log().masked_fill(norm <= 0, float("-inf")))
+
+    def sides(self) -> tuple[Side, Side] | None:
+        return None
 
     def keys(self) -> Tensor:
         raise PolicyError("a learned state has no keys that a selector could read; use the state or the selector")
