@@ -237,6 +237,8 @@ class LayerCache:
             self._slide()
         for segment in self.segments:
             segment.seal()
+        if self.front and self._lane is not None and not self._lane.fits(self.segments):
+            self._lane = None  # it would keep a segment alive that a destination has replaced
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 

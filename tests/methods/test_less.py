@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from brute import chunks, kept_positions
+from brute import chunks, kept_positions, run
 from test_registry import feed
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def test_the_cache_answers_as_the_training_says():
     model, ids = tiny_model("llama", num_hidden_layers=1), random_text(61)
     Artifact("less", fingerprint(model), weights(layers=1), {}).save()
     cache = KVCache(model, "less", 20, when="every(1)")
-    feed(model, cache, ids[:, :60], [60])
+    run(model, cache, ids[:, :60], [60])
     assert kept_positions(cache, 0) == [[0, 1, 2, 3, *range(44, 60)]] * 2
     calls: list[AttentionCall] = []
     watch(model, ids, lambda index, call, lse: calls.append(call))
