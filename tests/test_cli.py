@@ -384,3 +384,18 @@ def test_a_real_model_answers_from_a_quarter_of_its_cache():
     assert full["found"] and cut["found"]
     assert cut["report"]["nbytes"] < 0.3 * full["report"]["nbytes"]
     assert cut["fidelity"]["kl_mean"] < 1.0
+
+
+def test_a_saved_cache_answers_other_questions(model_folder, prompt_file, tmp_path):
+    run = ("run", "--model", model_folder, "-f", prompt_file, "--question-hidden", "-n", "6", "--json")
+    kept = str(tmp_path / "long.kv")
+    plain = invoke(*run, "--question", "w9 w8", "--policy", "full")
+    first = invoke(*run, "--question", "w7", "--policy", "full", "--save", kept)
+    assert first.exit_code == 0 and f"bytes to {kept}" in first.stderr
+    loaded = invoke(*run, "--question", "w9 w8", "--load", kept)
+    assert loaded.exit_code == 0
+    one, other = (json.loads(result.stdout)["runs"][0] for result in (plain, loaded))
+    assert one["answer"] == other["answer"] and one["answer"]
+    assert "a cache brings its own policy" in refused(*run, "--question", "w9", "--load", kept, "--budget", "50%")
+    assert "not a saved cache" in refused(*run, "--question", "w9", "--load", prompt_file)
+    assert "leave out --save" in refused(*run, "--question", "w9", "--load", kept, "--compare", "full")

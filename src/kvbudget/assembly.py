@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
-from kvbudget.models import CacheGeometry, fingerprint, rotation_of
+from kvbudget.models import CacheGeometry, Rotation, fingerprint, rotation_of
 from kvbudget.policy.base import LookingBack, Parts, Span, Trigger
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
@@ -61,6 +61,15 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
                 "model's own heads, does not go with them; use another scorer, with original positions"
             )
+    if parts.thinning and (parts.sharing is not None or parts.projection is not None):
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
+        )
+    if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
+            "use another method, such as pyramidkv"
+        )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:
@@ -87,10 +96,12 @@ def budgeted_layer(
     rotation = rotation_of(model, index) if rotates else None
     paired = any(other.owner == index for other in geometry.layers)
     merged = parts.sharing.segment if parts.sharing is not None and parts.sharing.merges and paired else None
+    before_rope = parts.codec is not None and parts.codec[0].before_rope
+    maker = segment_maker(parts, index, rotation_of(model, index) if before_rope else None)
     layer = LayerCache(
         index,
         shape.num_kv_heads,
-        make_segment=segment_maker(parts) if merged is None else merged,
+        make_segment=maker if merged is None else merged,
         states=(*scorer_states, *extra, *read_states),
         rotation=rotation,
         selector=None if isinstance(parts.selector, LookingBack) else parts.selector,
@@ -104,14 +115,17 @@ def budgeted_layer(
     return layer
 
 
-def segment_maker(parts: Parts) -> Any:
-    """What makes a segment of a number of rows: dense, or behind the policy's codecs."""
+def segment_maker(parts: Parts, index: int, rotation: Rotation | None = None) -> Any:
+    """What makes a segment of a number of rows of layer ``index``: dense, or behind the policy's codecs.
+
+    ``rotation`` is what codecs need that code keys before RoPE.
+    """
     if parts.codec is None:
         return DenseSegment
-    key_codec, value_codec = parts.codec
+    key_codec, value_codec = (codec.at(index) for codec in parts.codec)
 
     def make(num_rows: int) -> Segment:
-        return QuantizedSegment(num_rows, key_codec, value_codec)
+        return QuantizedSegment(num_rows, key_codec, value_codec, rotation=rotation)
 
     return make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,13 @@ from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
 from kvbudget.segments import retrospective
+from kvbudget.thinning import Survivors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kvbudget.prefill import Prefilled
+    from kvbudget.storage import Saved
 
 
 class AttentionLayer(CacheLayerMixin):
@@ -160,12 +163,14 @@ class KVCache(Cache):
         self._calls: dict[int, AttentionCall] = {}
         self._ready: dict[int, Queries] = {}
         self._due: list[int] = []
+        self._survivors: Survivors | None = None
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
         self.trail: Tensor | None = None
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
         self._rope_switch = rope_switch(model.config)
         self.prefilled: Prefilled | None = None
+        self._model = weakref.ref(model)
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
 
@@ -198,11 +203,16 @@ class KVCache(Cache):
                 self._valid, self._calls = None, {}
             return out if projection is None else projection.leave(owner.index, out, asked)
         self._enter(index)
+        width, thinned = call.query.shape[2], self._survivors
+        big = width > self.parts.trigger.every
+        if self.parts.thinning and big and thinned is None and not self.recording:
+            seen = layer.store.seen or [0] * call.query.shape[0]
+            self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
+        if thinned is not None:
+            call = thinned.take(call)
         out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
-        queries = Queries(call.query, lse, call.scale, call.softcap, call.valid)
-        new = call.query.shape[2]
-        layer.columns += new
-        big = new > self.parts.trigger.every
+        queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, steps=call.steps)
+        layer.columns += width
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self.parts.sharing is not None:
@@ -213,8 +223,12 @@ class KVCache(Cache):
             self._recorded[index] = queries
         else:
             self._finish(index, queries)
+        if self._survivors is not None:
+            self._survivors = self._survivors.after(layer.store)
         if index == self._last:
             self._end(big)
+        if thinned is not None:
+            return thinned.spread(out, width)
         return out if projection is None else projection.leave(owner.index, out, asked)
 
     def _answered(self, index: int, upper: AttentionCall | None) -> None:
@@ -276,7 +290,7 @@ class KVCache(Cache):
             check_rope_switch(self._rope_switch, store.seen, counts)
             self.enforcer.admit(counts)
             self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
-        self._valid = valid
+        self._valid, self._survivors = valid, None
         if self.parts.sharing is not None:
             self._calls, self._ready = {}, {}
             self._due = [store.layer_idx for store in self.stores]
@@ -284,7 +298,7 @@ class KVCache(Cache):
     def _end(self, big: bool) -> None:
         if self._last == len(self.layers) - 1:
             self.broken = None
-        self._valid = None
+        self._valid = self._survivors = None
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:
@@ -491,6 +505,34 @@ class KVCache(Cache):
         other._recorded = dict(self._recorded)
         other.enforcer = self.enforcer.fork([stores[store.layer_idx] for store in self.enforcer.layers])
         return other
+
+    def save(self, path: str | Path, codec: str = "raw", **options: Any) -> Saved:
+        """Writes what the cache holds to a file: without loss (``raw``), or transform-coded (``kvtc``).
+
+        See `kvbudget.storage.save` for the options.
+        """
+        from kvbudget.storage import save
+
+        return save(self, path, codec, **options)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, **options: Any) -> KVCache:
+        """The cache that `save` wrote, for a model with the same weights; see `kvbudget.storage.load`."""
+        from kvbudget.storage import load
+
+        return load(path, model, **options)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the cache serves, which it does not keep alive.
+
+        Raises:
+            CacheError: when the model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheError("the model that this cache served is gone; keep it while the cache is in use")
+        return model
 
     @property
     def seen(self) -> list[int]:

@@ -46,8 +46,8 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     else:
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
-            tail = codec.longest_tail + (codec.unit if codec.unit > 1 else 0)
-            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
+            tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
     pairs = sum(layer.owner is not None for layer in geometry.layers)
     if parts.sharing is not None and parts.sharing.merges and pairs:
         # All layers hold as many entries, so that the mean is what they cost; a share may be rounded up in some.

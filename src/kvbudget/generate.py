@@ -70,6 +70,7 @@ def generate(
     cache: KVCache | None = None,
     stream: Callable[[str], None] | Any | None = None,
     progress: Progress | None = None,
+    filled: Callable[[KVCache], None] | None = None,
     ready: Ready | None = None,
     seed: int | None = None,
     do_sample: bool = False,
@@ -90,6 +91,8 @@ def generate(
         cache: goes on from a cache of an earlier call, or a fork of it; the prompt must begin with what it has seen.
         stream: called with each piece of text, or a streamer of transformers.
         progress: called with tokens done and in total during the prefill.
+        filled: called once with the cache when it holds what was prefilled: the prompt but for its last token, and but for a
+            question that is not visible. It may be saved there.
         ready: called once with the cache and the next token's logits ``[1, V]``, when the prompt has been seen and nothing
             has been answered; a fork made there can be asked something else. Its time is not counted.
         seed: of the sampling; the global random state stays as it is.
@@ -122,6 +125,8 @@ def generate(
     known = _common_prefix(ids[0].tolist(), encode(context)) if hidden else prompt_tokens - 1
     warm = cache.get_seq_length() > 0
     _fill(cache, model, ids, min(known, prompt_tokens - 1), chunk_size, tokenizer, progress)
+    if filled is not None:
+        filled(cache)
     cache.question_visible = not (hidden or warm or (cache.prefilled is not None and cache.prefilled.blind))
     if beams > 1:
         cache.batch_repeat_interleave(beams)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbudget.codecs.base import Asked
 from kvbudget.kernels import flash, merge
 from kvbudget.kernels.reference import Partial
 from kvbudget.segments import retrospective, selective
@@ -36,7 +37,8 @@ class RotatesKeys(Protocol):
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
-    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits;
+    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits. ``steps [B, n]``
+    are the positions of the tokens where some of the text between them is left out (None: they follow what has been seen).
     ``face`` says which of the layers asks, where two share what they hold merged.
     """
 
@@ -48,6 +50,7 @@ class AttentionCall:
     window: int | None = None
     sink: Tensor | None = None
     valid: Tensor | None = None
+    steps: Tensor | None = None
     face: int = 0
 
 
@@ -145,11 +148,11 @@ class LayerCache:
         if self.reads is not None:
             again = self.statistics.get(retrospective.RETURNED)
             fresh = call.query.shape[2] - (0 if again is None else again.shape[1])
-            if call.valid is None and fresh <= FEW_TOKENS:
+            if call.valid is None and call.steps is None and fresh <= FEW_TOKENS:
                 out, lse = retrospective.attend(self, self.reads, call)
                 return out.to(call.query.dtype), lse
             retrospective.forget(self)
-        few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
+        few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
         self._fresh = False
         if few:
             if call.query.shape[2] == 1 and (answer := self._step(call)) is not None:
@@ -157,7 +160,7 @@ class LayerCache:
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
         out, lse, _ = self.probe(call)
-        self.append(call.key, call.value, call.valid)
+        self.append(call.key, call.value, call.valid, call.steps)
         return out, lse
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
@@ -204,8 +207,11 @@ class LayerCache:
         own = inside.lse.view(lse.shape)
         return out, lse, own if call.sink is None else torch.logaddexp(own, call.sink.float()[:, None])
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None, steps: Tensor | None = None) -> None:
+        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored.
+
+        ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
+        """
         batch, heads, n = key.shape[:3]
         if not self.seen:
             self.start(batch)
@@ -223,20 +229,32 @@ class LayerCache:
             grid = valid[:, None].expand(batch, heads, n)
             rows = (key[grid], value[grid])
         row_counts = self._per_row(counts)
-        position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        if steps is None:
+            position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        else:
+            position = steps.int()[:, None].expand(batch, heads, n)
+            position = position.flatten() if valid is None else position[grid]
         # What is missing in an append is filled with zeros, so states are named once.
         new = [name for name in self.states if name not in segment.meta.columns]
-        segment.append(
-            *rows, {"position": position} | {name: torch.zeros_like(position).float() for name in new}, row_counts
-        )
-        self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        meta = {"position": position} | {name: torch.zeros_like(position).float() for name in new}
+        if "count" in self.states:
+            meta["count"] = torch.ones_like(position).float()
+        segment.append(*rows, meta, row_counts)
+        if steps is None:
+            self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        else:
+            grown = zip(self.seen, counts, steps[:, -1].tolist(), strict=True)
+            self.seen = [newest + 1 if count else seen for seen, count, newest in grown]
 
-    def finish_forward(self) -> None:
-        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails."""
+    def finish_forward(self, asked: Asked | None = None) -> None:
+        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails.
+
+        ``asked`` are its queries, for codecs that look at them.
+        """
         if self.window is not None:
             self._slide()
         for segment in self.segments:
-            segment.seal()
+            segment.seal(asked)
         if self.front and self._lane is not None and not self._lane.fits(self.segments):
             self._lane = None  # it would keep a segment alive that a destination has replaced
         if self.page > 1:
@@ -254,6 +272,9 @@ class LayerCache:
         rows = self._rows(query)
         flat = lse.reshape(self.num_rows, -1)
         positions = self._positions(width, query.device) if width > 1 else None
+        steps = getattr(like, "steps", None)
+        if steps is not None and width > 1:
+            positions = steps[:, -width:].repeat_interleave(self.num_kv_heads, dim=0)
         for index, segment in enumerate(self.main):
             tail = width if index == len(self.main) - 1 else 0
             if segment.longest:

@@ -23,6 +23,7 @@ POLICIES = (
     "less",
     "snapkv(window=8)+kvsharer",
     "h2o+kv_heads",
+    "snapkv(window=8)+headkv",
 )
 
 
@@ -46,6 +47,7 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
+        "razor_attention": ({"induction": torch.rand(2, 2, generator=generator), "echo": torch.zeros(2, 2)}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},
             {"on": "weights", "k": 8, "first": 16},

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvbudget.budget import Budget
+from kvbudget.cache import KVCache
 from kvbudget.cli.shell import INTERRUPTED, notice, print_json, stdout
 from kvbudget.cli.show import Prefilling, print_piece, print_table, to_dict
 from kvbudget.compare import Run, compare
@@ -54,6 +55,13 @@ def run(
     against: Annotated[
         str | None, typer.Option("--compare", help="full: run the full cache too, and measure the difference.")
     ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep the cache of the prompt in this file (not of a hidden question).")
+    ] = None,
+    codec: Annotated[str, typer.Option(help="Of --save: raw is exact, kvtc small (calibrate it first).")] = "raw",
+    saved: Annotated[
+        Path | None, typer.Option("--load", help="Go on from a saved cache; the prompt must begin with its text.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     allow_long: Annotated[bool, typer.Option(help="Only warn beyond the model's positions.")] = False,
@@ -71,6 +79,10 @@ def run(
     [dim]$[/dim] kvbudget run --model smollm2-135m --policy "streaming_llm+kivi(bits=4)" --budget 512 --prompt "Once upon" --json
 
     [dim]$[/dim] kvbudget run --model smollm2-135m --policy snapkv --budget 10% -f long.txt --system "Be brief." --protect system
+
+    [dim]$[/dim] kvbudget run --policy full -f long.txt --question "Who?" --question-hidden --save long.kv
+
+    [dim]$[/dim] kvbudget run --load long.kv -f long.txt --question "And where?" --question-hidden
     """
     if against not in (None, "full"):
         raise KVBudgetError(f"--compare {against!r} is not known{nearest(str(against), ['full'])}")
@@ -93,7 +105,13 @@ def run(
     Budget.parse(budget)
     if policy != "auto":
         parse(policy)  # before the model is loaded
+    if against is not None and (save or saved):
+        raise KVBudgetError("--compare runs several caches; leave out --save and --load")
     network, tokenizer = load(model, dtype=dtype, device=device)
+    if saved is not None:
+        options["cache"] = KVCache.load(saved, network)
+    if save is not None:
+        options["filled"] = lambda cache: notice(f"saved {cache.save(save, codec).nbytes:,} bytes to {save}")
     runs: list[Run] = []
     interrupted = False
     prefilling = Prefilling()

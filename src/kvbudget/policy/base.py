@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvbudget.segments.dense import DenseSegment
+
 if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from kvbudget.policy.projection import HeadProjection
     from kvbudget.policy.sharing import Sharing
     from kvbudget.policy.view import View
+    from kvbudget.segments.base import Segment
     from kvbudget.segments.selective import Chosen, Reading
 
 Span = tuple[int, int]
@@ -38,6 +41,7 @@ Role = Literal[
     "protect",
     "sharing",
     "projection",
+    "thinning",
 ]
 
 
@@ -96,7 +100,11 @@ class LayerAllocator(Part, ABC):
 
     measures: ClassVar[bool] = False
     joint: ClassVar[bool] = False
-    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward."""
+    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward, or of a round (`ends_round`)."""
+
+    def ends_round(self, index: int) -> bool:
+        """Whether a ``joint`` allocator ranks and evicts after layer ``index`` too: the layers so far share the total."""
+        return False
 
     def rank(self, scores: Sequence[Tensor], total: int) -> list[float]:
         """Entries of one sequence that each layer may keep of ``total``, from all layers' ``scores[l] [Hkv, T_l]``.
@@ -141,6 +149,10 @@ class HeadAllocator(Part, ABC):
     def pinned(self, layer_idx: int) -> tuple[int, ...]:
         """KV heads of one layer of the model that keep everything."""
         return ()
+
+    def of_layer(self, layer_idx: int) -> HeadAllocator:
+        """The allocator for one layer of the model, where layers differ."""
+        return self
 
     def most(self, seen: int) -> int:
         """Entries that a head that is not pinned keeps at most, of ``seen`` tokens."""
@@ -219,34 +231,40 @@ class Granularity(Part):
 
 @dataclass(frozen=True)
 class Evicted:
-    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``."""
+    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``.
+
+    ``count [N]`` are the entries that each stands for, where the layer keeps such a column; ``kept_score`` are the scores of
+    what stays, flat in row order.
+    """
 
     key: Tensor
     value: Tensor
     position: Tensor
     score: Tensor
     counts: list[int]
+    count: Tensor | None = None
+    kept_score: Tensor | None = None
 
     @classmethod
-    def join(cls, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, list[int]]]) -> Evicted:
-        """Joins what left several segments of a layer, each flat in row order, row by row."""
-        if len(pieces) == 1:
-            return cls(*pieces[0])
-        counts = [sum(rows) for rows in zip(*(piece[4] for piece in pieces), strict=True)]
+    def join(cls, pieces: Sequence[tuple[Sequence[Tensor], list[int]]], kept_score: Tensor | None = None) -> Evicted:
+        """Joins what left several segments of a layer, row by row: key, value, position, score and count, if there is one."""
+        counts = [sum(rows) for rows in zip(*(piece[1] for piece in pieces), strict=True)]
         columns = []
-        for index in range(4):
-            parts = [torch.split(piece[index], piece[4]) for piece in pieces]  # type: ignore[arg-type]
+        for index in range(len(pieces[0][0])):
+            parts = [torch.split(piece[0][index], piece[1]) for piece in pieces]
             columns.append(torch.cat([part[r] for r in range(len(counts)) for part in parts]))
-        key, value, position, score = columns
-        return cls(key, value, position, score, counts)
+        key, value, position, score, *count = columns
+        return cls(key, value, position, score, counts, count[0] if count else None, kept_score)
 
 
 @dataclass(frozen=True)
 class Destination(Part, ABC):
     """What happens to entries that are not kept in place. It may hold segments of its own in front of the layer's."""
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+        return ()
 
     def entry_bytes(self, key_dim: int, value_dim: int) -> float:
         """Bytes of one entry in the destination's own segments; 0 when their size does not grow with their number."""
@@ -255,6 +273,10 @@ class Destination(Part, ABC):
     def fixed_bytes(self, key_dim: int, value_dim: int, itemsize: int) -> float:
         """Bytes per sequence and KV head that the destination may hold beside the entries, whatever their number."""
         return 0.0
+
+    def make_segment(self, num_rows: int, key_dim: int, value_dim: int, device: torch.device | None = None) -> Segment:
+        """An empty segment as the destination holds them in front of the layer's own."""
+        return DenseSegment(num_rows)
 
     def main_entries(self, nbytes: float, cost: EntryCost, seen: int, floor: int) -> float:
         """Entries per KV head that stay in place when a head may hold ``nbytes`` and ``seen`` tokens have been seen.
@@ -341,6 +363,7 @@ class Parts:
     Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
     ``position_mode``: keys keep their ``original`` positions, or positions are those inside of the cache, either by turning
     the queries for the sinks (``cache``, for sinks and a recent window) or by moving keys as others leave (``moved``).
+    With ``thinning``, tokens of a prompt that a layer evicts right away take no part in the attention of the layers above.
     """
 
     scorer: Scorer | None = None
@@ -359,6 +382,7 @@ class Parts:
     plan: Plan | None = None
     protect: Protect = Protect()
     position_mode: Literal["original", "cache", "moved"] = "original"
+    thinning: bool = False
 
     @property
     def uses_marks(self) -> bool:
@@ -367,11 +391,9 @@ class Parts:
 
     @property
     def replayable(self) -> bool:
-        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
-        reads_all = self.selector is None or not getattr(self.selector, "prefill", False)
-        return (
-            self.plan is None and self.sharing is None and self.projection is None and reads_all and not self.uses_marks
-        )
+        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own begins with."""
+        changes = self.thinning or self.sharing is not None or self.projection is not None
+        return not changes and (self.selector is None or not getattr(self.selector, "prefill", False))
 
 
 class Recipe:

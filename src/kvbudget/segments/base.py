@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbudget import kernels
+from kvbudget.codecs.base import Asked
 from kvbudget.kernels.reference import DenseOperand, Operand, Partial
 from kvbudget.segments.ragged import RaggedTable
 
@@ -155,8 +156,8 @@ class Segment(ABC):
         """Keys and values for a `Lane`; None where attention needs more than to read them."""
         return None
 
-    def seal(self) -> None:  # noqa: B027 - a format without a full-precision tail has nothing to do
-        """Compresses whatever is due for it; called after the attention of a forward, never before."""
+    def seal(self, asked: Asked | None = None) -> None:  # noqa: B027 - without a full-precision tail nothing is to do
+        """Compresses whatever is due for it; called after the attention of a forward (with its queries), never before."""
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         """Bounds the entries per row for which appending may reserve room ahead of need."""

@@ -76,7 +76,8 @@ class Demote(Destination):
 
     def receive(self, layer: LayerCache, evicted: Evicted) -> None:
         if not layer.front:
-            layer.front.append(self._segment(layer, evicted))
+            widths = evicted.key.shape[-1], evicted.value.shape[-1]
+            layer.front.append(self.make_segment(layer.num_rows, *widths, device=evicted.key.device))
         (segment,) = layer.front
         assert isinstance(segment, QuantizedSegment)
         first = [n > 0 and held == 0 for n, held in zip(evicted.counts, segment.lengths, strict=True)]
@@ -94,11 +95,12 @@ class Demote(Destination):
             most = torch.tensor(counts, device=scores.device)
             segment.take(select(scores, torch.zeros_like(valid), valid, most))
 
-    def _segment(self, layer: LayerCache, evicted: Evicted) -> QuantizedSegment:
-        key_dim, value_dim = evicted.key.shape[-1], evicted.value.shape[-1]
-        balance = torch.ones(layer.num_rows, key_dim, device=evicted.key.device) if self.balanced else None
-        segment = QuantizedSegment(layer.num_rows, self._codec(key_dim), self._codec(value_dim), balance)
-        segment.set_limits([0] * layer.num_rows)  # appended rarely and in bulk: no room ahead of need
+    def make_segment(
+        self, num_rows: int, key_dim: int, value_dim: int, device: torch.device | None = None
+    ) -> QuantizedSegment:
+        balance = torch.ones(num_rows, key_dim, device=device) if self.balanced else None
+        segment = QuantizedSegment(num_rows, self._codec(key_dim), self._codec(value_dim), balance)
+        segment.set_limits([0] * num_rows)  # appended rarely and in bulk: no room ahead of need
         return segment
 
     def _codec(self, width: int) -> TokenQuant:

@@ -1,0 +1,100 @@
+"""Rate and distortion of codecs: true bits per element, from what is stored, against the distance from the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.codecs.base import Codec
+from kvbudget.errors import KVBudgetError, PolicyError
+from kvbudget.eval.fidelity import Fidelity, compare_logits, continuation_logits
+from kvbudget.eval.replay import Recording, replay
+from kvbudget.methods import parse, registry
+from kvbudget.segments.base import Segment
+from kvbudget.segments.quantized import QuantizedSegment
+from kvbudget.segments.ragged import RaggedTable
+
+WIDTHS = (8, 4, 3, 2, 1)
+
+
+def true_bits(cache: KVCache) -> float:
+    """Stored bits per element of the held keys and values: codes, scales, row states and full-precision entries.
+
+    Positions, score states and room for entries to come are left out.
+    """
+    bits, elements = 0.0, 0
+    for layer in cache.layers:
+        if isinstance(layer, AttentionLayer):
+            for segment in layer.store.segments:
+                if segment.longest:
+                    bits += 8 * stored_bytes(segment)
+                    elements += sum(segment.lengths) * _width(segment)
+    return bits / max(elements, 1)
+
+
+def stored_bytes(segment: Segment) -> float:
+    """Bytes of keys and values in a segment, without spare room."""
+    if not isinstance(segment, QuantizedSegment):
+        return sum(_cells(segment.meta, (name,)) for name in ("key", "value"))
+    tables = [table for table in segment.tables() if table is not segment.meta]
+    states: Sequence[Tensor] = [*segment.key.state.values(), *segment.value.state.values()]
+    known = sum(state.numel() * state.element_size() for state in states)
+    return known + sum(_cells(table, tuple(table.columns)) for table in tables)
+
+
+def expected_bits(codec: Codec, width: int, entries: int, itemsize: int) -> float:
+    """What a row of ``entries`` should store per element, by the codec's own formula, its tail and first entries included.
+
+    For a text that came in one forward.
+    """
+    over = entries - codec.sinks - (0 if codec.cyclic else codec.residual)
+    coded = max(0, over) // codec.lump * codec.lump
+    stored = coded * codec.bytes_per_entry(width) + (entries - coded) * width * itemsize
+    return 8 * (stored + (codec.state_bytes(width) if coded else 0)) / (entries * width)
+
+
+def measure(
+    model: PreTrainedModel,
+    recording: Recording,
+    policy: str,
+    continuation: Tensor,
+    full: Tensor,
+    budget: int | str | None = None,
+) -> tuple[float, Fidelity]:
+    """True bits after the recorded context under a policy, and how its next-token logits differ from ``full [n, V]``."""
+    cache = replay(recording, KVCache(model, policy, budget))
+    logits = continuation_logits(model, cache, recording.logits, continuation)
+    return true_bits(cache), compare_logits(full, logits, continuation[0])
+
+
+def codecs(model: PreTrainedModel) -> list[str]:
+    """Every registered method that only codes, in each of `WIDTHS` that it takes; those without a calibration are left out."""
+    found = []
+    for name, kind in registry().items():
+        if kind.role != "codec" or "scorer" in kind().defaults():
+            continue
+        texts = [f"{name}(bits={bits})" for bits in WIDTHS] if "bits" in kind.parameters() else [name]
+        for text in texts:
+            try:
+                policy = str(parse(text))
+                KVCache(model, policy)
+            except (PolicyError, KVBudgetError):
+                continue
+            found.append(policy)
+    return list(dict.fromkeys(found))
+
+
+def _width(segment: Segment) -> int:
+    """Channels of a key and a value."""
+    if isinstance(segment, QuantizedSegment):
+        return sum(store.tail.columns["data"].shape[-1] for store in (segment.key, segment.value))
+    return sum(segment.meta.columns[name].shape[-1] for name in ("key", "value"))
+
+
+def _cells(table: RaggedTable, names: tuple[str, ...]) -> float:
+    sizes = (table.columns[name][:1] for name in names)
+    return table.total * sum(torch.numel(cell) * cell.element_size() for cell in sizes)
