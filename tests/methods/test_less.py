@@ -102,7 +102,7 @@ def test_exact_where_nothing_leaves_and_bytes_bound_the_rest():
     feed(model, cache, ids, chunks(100, 40) + [1] * 10)
     assert cache.enforcer.evictions and cache.layers[0].store.front[0].lengths == [8, 8]
     with pytest.raises(PolicyError, match="no keys"):
-        feed(model, KVCache(model, "less+kcache(top=4)", 30), ids, [100] + [1] * 3)
+        run(model, KVCache(model, "less+kcache(top=4)", 30), ids[:, :103], [100] + [1] * 3)
 
 
 def test_the_fit_comes_closer_to_the_full_cache_on_text_that_it_has_not_seen():
