@@ -12,7 +12,7 @@ from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
 from kvbudget.models import CacheGeometry, Rotation, fingerprint, rotation_of
-from kvbudget.policy.base import Parts, Span, Trigger
+from kvbudget.policy.base import LookingBack, Parts, Span, Trigger
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
@@ -40,6 +40,31 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
             "use when='over_budget', or give tokens or a fraction"
         )
+    if isinstance(parts.selector, LookingBack) and (evicts or parts.codec is not None):
+        raise PolicyError(
+            f"{policy}: queries that are answered again need every entry as it was, so no method that evicts or codes goes "
+            "with this selector; use it alone"
+        )
+    if parts.sharing is not None and parts.selector is not None:
+        raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
+    if parts.sharing is not None and parts.sharing.merges:
+        moved = parts.position_mode == "moved"
+        if parts.layers is not None or parts.destination is not None or parts.codec is not None or moved:
+            raise PolicyError(
+                f"{policy}: merged layers hold the same entries, as they were merged; allocators over layers, codecs, "
+                "destinations and moved positions do not go with them"
+            )
+    if parts.projection is not None:
+        fitted = [recipe.name for recipe in policy.recipes if "calibration" in recipe.needs]
+        if parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates) or len(fitted) > 1:
+            raise PolicyError(
+                f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
+                "model's own heads, does not go with them; use another scorer, with original positions"
+            )
+    if parts.thinning and (parts.sharing is not None or parts.projection is not None):
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
+        )
     if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
         raise PolicyError(
             f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
@@ -51,6 +76,13 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
 
 
+def laid_out(geometry: CacheGeometry, parts: Parts) -> CacheGeometry:
+    """What the layers hold under a policy: fewer heads where it projects them, nothing where they read another layer's."""
+    if parts.projection is not None:
+        geometry = parts.projection.layout(geometry)
+    return geometry if parts.sharing is None else parts.sharing.layout(geometry)
+
+
 def budgeted_layer(
     model: PreTrainedModel, index: int, geometry: CacheGeometry, parts: Parts, budget: Budget
 ) -> LayerCache:
@@ -58,16 +90,22 @@ def budgeted_layer(
     shape = geometry.layers[index]
     scorer_states = () if parts.scorer is None else parts.scorer.states
     extra = () if parts.destination is None else parts.destination.columns
+    looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
+    read_states = () if looks_back is None else looks_back.states
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
+    paired = any(other.owner == index for other in geometry.layers)
+    merged = parts.sharing.segment if parts.sharing is not None and parts.sharing.merges and paired else None
     before_rope = parts.codec is not None and parts.codec[0].before_rope
+    maker = segment_maker(parts, index, rotation_of(model, index) if before_rope else None)
     layer = LayerCache(
         index,
         shape.num_kv_heads,
-        make_segment=segment_maker(parts, index, rotation_of(model, index) if before_rope else None),
-        states=(*scorer_states, *extra),
+        make_segment=maker if merged is None else merged,
+        states=(*scorer_states, *extra, *read_states),
         rotation=rotation,
-        selector=parts.selector,
+        selector=None if isinstance(parts.selector, LookingBack) else parts.selector,
+        reads=looks_back,
     )
     layer.depth = geometry.budgeted_layers.index(index) / max(1, len(geometry.budgeted_layers) - 1)
     layer.page = parts.granularity.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvbudget import attention
-from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, with_trigger
+from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, laid_out, with_trigger
 from kvbudget.attention import LayerHandle, LazyMask, TextLength
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
@@ -31,6 +32,7 @@ from kvbudget.policy.policy import Policy
 from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
+from kvbudget.segments import retrospective
 from kvbudget.thinning import Survivors
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class AttentionLayer(CacheLayerMixin):
-    """One attention layer as transformers sees it; the entries are in ``store``."""
+    """One attention layer as transformers sees it; the entries are in ``store``, which its ``readers`` share."""
 
     is_compileable = False
     is_croppable = True
@@ -51,6 +53,7 @@ class AttentionLayer(CacheLayerMixin):
         self.cache, self.index, self.store = cache, index, store
         self.is_sliding = sliding
         self.columns = 0
+        self.readers: list[int] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage comes with the first entries."""
@@ -73,6 +76,11 @@ class AttentionLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum: the text may be longer than what is kept."""
         return -1
+
+    @property
+    def owns(self) -> bool:
+        """Whether the entries are its own, not those of an earlier layer."""
+        return self.store.layer_idx == self.index
 
     @property
     def batch_size(self) -> int:
@@ -116,24 +124,31 @@ class KVCache(Cache):
             policy, self.reason = choice.policy, choice.reason
         self.policy = bound(parse(policy), model)
         self.parts = with_trigger(self.policy.parts(), when)
-        check_recipe(self.policy, self.parts, self.budget, self.geometry)
+        layout = laid_out(self.geometry, self.parts)
+        check_recipe(self.policy, self.parts, self.budget, layout)
         self.dtype = model.dtype
         stores: list[LayerCache] = []
         layers: list[AttentionLayer | LinearAttentionLayer] = []
-        for index, shape in enumerate(self.geometry.layers):
+        for index, shape in enumerate(layout.layers):
+            if shape.owner is not None:
+                owner = layers[shape.owner]
+                assert isinstance(owner, AttentionLayer)
+                owner.readers.append(index)
+                layers.append(AttentionLayer(self, index, owner.store, sliding=owner.is_sliding))
+                continue
             if shape.kind not in ("full", "sliding"):
                 layers.append(LinearAttentionLayer())
                 continue
             if shape.kind == "sliding":
                 store = LayerCache(index, shape.num_kv_heads, window=shape.window)
             else:
-                store = budgeted_layer(model, index, self.geometry, self.parts, self.budget)
+                store = budgeted_layer(model, index, layout, self.parts, self.budget)
                 stores.append(store)
             layers.append(AttentionLayer(self, index, store, sliding=shape.kind == "sliding"))
         super().__init__(layers=layers)
         spans = checked_spans(protect)
-        cost = entry_cost(self.geometry, self.parts, self.dtype)
-        overhead = overhead_bytes(model.config, self.dtype) if self.budget.kind == "bytes" else 0
+        cost = entry_cost(layout, self.parts, self.dtype)
+        overhead = overhead_bytes(model.config, self.dtype, layout) if self.budget.kind == "bytes" else 0
         self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
         self.enforcer.check()
         self.question_visible: bool | None = None
@@ -145,9 +160,13 @@ class KVCache(Cache):
         self._first = next(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
         self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
         self._valid: Tensor | None = None
+        self._calls: dict[int, AttentionCall] = {}
+        self._ready: dict[int, Queries] = {}
+        self._due: list[int] = []
         self._survivors: Survivors | None = None
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
+        self.trail: Tensor | None = None
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
         self._rope_switch = rope_switch(model.config)
         self.prefilled: Prefilled | None = None
@@ -166,12 +185,23 @@ class KVCache(Cache):
         if index == self._first:
             self._begin(call, mask, position_ids)
         call.window, call.valid = layer.store.window, self._valid
+        owner, asked = self.layers[layer.store.layer_idx], call
+        projection = self.parts.projection if layer.store.layer_idx in self._at else None
+        if projection is not None:
+            call = projection.enter(owner.index, call)
+        merges = self.parts.sharing is not None and self.parts.sharing.merges
+        if index != owner.index and merges:
+            call.face = 1
+        elif index != owner.index:
+            call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
+        elif owner.readers:
+            self._calls[index] = call
         if self.probing is not None:
             out, lse, own = layer.store.probe(call)
             self.probing(index, call, lse, own)
             if index == self._last:
-                self._valid = None
-            return out
+                self._valid, self._calls = None, {}
+            return out if projection is None else projection.leave(owner.index, out, asked)
         self._enter(index)
         width, thinned = call.query.shape[2], self._survivors
         big = width > self.parts.trigger.every
@@ -180,12 +210,16 @@ class KVCache(Cache):
             self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
         if thinned is not None:
             call = thinned.take(call)
-        out, lse = layer.store.forward(call)
+        out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
         queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, steps=call.steps)
         layer.columns += width
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        if self.recording:
+        if self.parts.sharing is not None:
+            self._ready.setdefault(owner.index, queries)
+            if index == (owner.readers or [index])[-1]:
+                self._answered(owner.index, call if call.face else None)
+        elif self.recording:
             self._recorded[index] = queries
         else:
             self._finish(index, queries)
@@ -193,7 +227,25 @@ class KVCache(Cache):
             self._survivors = self._survivors.after(layer.store)
         if index == self._last:
             self._end(big)
-        return out if thinned is None else thinned.spread(out, width)
+        if thinned is not None:
+            return thinned.spread(out, width)
+        return out if projection is None else projection.leave(owner.index, out, asked)
+
+    def _answered(self, index: int, upper: AttentionCall | None) -> None:
+        """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered."""
+        own = self._calls.pop(index, None)
+        if own is not None:
+            pair = (own.key, own.value)
+            if upper is not None:
+                pair = (torch.cat([own.key, upper.key], dim=-1), torch.cat([own.value, upper.value], dim=-1))
+            self.layers[index].store.append(*pair, own.valid)
+        if self.recording:
+            self._recorded[index] = self._ready.pop(index)
+            return
+        # Owners that others read for long would be finished late, and allocators rely on the order of the layers.
+        while self._due and self._due[0] in self._ready and self._due[0] not in self._calls:
+            at = self._due.pop(0)
+            self._finish(at, self._ready.pop(at))
 
     def _finish(self, index: int, queries: Queries | None) -> None:
         """What follows the attention of a layer: statistics, evictions and codecs."""
@@ -239,6 +291,9 @@ class KVCache(Cache):
             self.enforcer.admit(counts)
             self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
         self._valid, self._survivors = valid, None
+        if self.parts.sharing is not None:
+            self._calls, self._ready = {}, {}
+            self._due = [store.layer_idx for store in self.stores]
 
     def _end(self, big: bool) -> None:
         if self._last == len(self.layers) - 1:
@@ -252,7 +307,7 @@ class KVCache(Cache):
     def _commit(self, removed: int) -> None:
         """Carries out what was put off while the newest tokens of a recorded forward could still be taken back."""
         recorded, self._recorded = self._recorded, {}
-        for index, queries in recorded.items():
+        for index, queries in sorted(recorded.items()):
             self._finish(index, queries.without_newest(removed))
         self.enforcer.filled = True
 
@@ -318,9 +373,10 @@ class KVCache(Cache):
                 f"the newest {tokens} tokens cannot be taken back: {obstacle}; "
                 "fork the cache before going ahead (cache.fork()), or give a budget that holds the whole text"
             )
+        for store in self.stores:
+            store.truncate(tokens)
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
-                layer.store.truncate(tokens)
                 layer.columns -= tokens
             elif self.pending:
                 shorten(layer, tokens)
@@ -344,6 +400,22 @@ class KVCache(Cache):
                 return f"the recurrent state of layer {index} has absorbed them"
         return None
 
+    @torch.inference_mode()
+    def revisit(self, tokens: int) -> bool:
+        """Lets the newest ``tokens`` come again, with those after them, for a policy that answers their queries anew.
+
+        False, and nothing is changed, where they are no longer held as they came.
+        """
+        self._usable()
+        if self.recording or self.pending or self._obstacle(tokens) is not None:
+            return False
+        for layer in self.layers:
+            assert isinstance(layer, AttentionLayer)
+            layer.columns -= tokens
+        for store in self.stores:
+            retrospective.take_back(store, tokens)
+        return True
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i goes on from the former sequence ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
@@ -364,12 +436,13 @@ class KVCache(Cache):
         if grows:
             self.enforcer.check(len(index))
             self.enforcer.admit_texts(max(self.seen[b] for b in index), len(index))
+        for store in self.stores:
+            store.select_sequences(index)
         for layer in self.layers:
-            if isinstance(layer, AttentionLayer):
-                layer.store.select_sequences(index)
-            else:
+            if not isinstance(layer, AttentionLayer):
                 layer.reorder_cache(indices)
         self.enforcer.select_sequences(index)
+        self.trail = None if self.trail is None else self.trail[index]
         if grows and self.budget.kind == "bytes" and self.parts.scorer is not None:
             self.enforcer.settle_all()
         if self.prefilled is not None:
@@ -386,7 +459,7 @@ class KVCache(Cache):
             else:
                 self.layers[index] = LinearAttentionLayer()
         self.enforcer.reset()
-        self._recorded, self._gaps, self._valid = {}, False, None
+        self._recorded, self._gaps, self._valid, self.trail = {}, False, None, None
         self.broken, self.recording, self.peak_bytes, self.prefilled = None, False, 0, None
 
     # -- what the user calls -------------------------------------------------------------------------------------------
@@ -418,12 +491,14 @@ class KVCache(Cache):
             raise CacheError(f"a broken cache (an earlier call stopped in {self.broken}) cannot be forked")
         other = copy.copy(self)
         other.layers = []
-        stores = {}
+        stores: dict[int, LayerCache] = {}
         for layer in self.layers:
             if isinstance(layer, AttentionLayer):
                 twin = copy.copy(layer)
-                twin.cache, twin.store = other, layer.store.fork()
-                stores[twin.store.layer_idx] = twin.store
+                twin.cache, owner = other, layer.store.layer_idx
+                if owner not in stores:
+                    stores[owner] = layer.store.fork()
+                twin.store = stores[owner]
             else:
                 twin = copy.deepcopy(layer)
             other.layers.append(twin)
@@ -465,16 +540,21 @@ class KVCache(Cache):
         return list(self.layers[self._first].store.seen)
 
     @property
+    def stores(self) -> list[LayerCache]:
+        """What holds the entries of the attention layers, each once where several layers read the same."""
+        return [layer.store for layer in self.layers if isinstance(layer, AttentionLayer) and layer.owns]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every resident tensor of the cache, each storage counted once."""
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
 
     def tensors(self) -> Iterable[Tensor]:
         """Every resident tensor of the cache."""
+        for store in self.stores:
+            yield from store.tensors()
         for layer in self.layers:
-            if isinstance(layer, AttentionLayer):
-                yield from layer.store.tensors()
-            else:
+            if not isinstance(layer, AttentionLayer):
                 states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
                 yield from (state for state in states if state is not None)
 
@@ -486,8 +566,7 @@ class KVCache(Cache):
         """Raises AssertionError when layers, segments, lengths or the byte budget disagree."""
         columns = {layer.columns for layer in self.layers if isinstance(layer, AttentionLayer)}
         assert len(columns) == 1 or self.broken, f"layers have seen different lengths: {columns}"
-        for layer in self.layers:
-            if isinstance(layer, AttentionLayer):
-                layer.store.check_integrity()
+        for store in self.stores:
+            store.check_integrity()
         if self.budget.kind == "bytes" and not (self.pending or self.enforcer.suspended):
             assert self.nbytes <= self.budget.amount, f"{self.nbytes} bytes in a budget of {self.budget.amount}"

@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from kvbudget.errors import UnsupportedModel
 from kvbudget.layer import WINDOW_OVERRUN
 from kvbudget.models import CacheGeometry
-from kvbudget.policy.base import Parts
+from kvbudget.policy.base import LookingBack, Parts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     widths = (shape.key_head_dim, shape.value_head_dim)
     states = len(parts.scorer.states) if parts.scorer is not None else 0
     states += len(parts.destination.columns) if parts.destination is not None else 0
+    looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
+    states += len(looks_back.states) if looks_back is not None else 0
     per_entry = 4.0 * (1 + states)
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
+    fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
     if parts.codec is None:
         per_entry += item * sum(widths)
     else:
@@ -45,6 +48,13 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
             fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
+    pairs = sum(layer.owner is not None for layer in geometry.layers)
+    if parts.sharing is not None and parts.sharing.merges and pairs:
+        # All layers hold as many entries, so that the mean is what they cost; a share may be rounded up in some.
+        merged, once = parts.sharing.pair_bytes(sum(widths), item)
+        plain = per_entry - 4.0 * (1 + states)
+        per_entry += (merged - plain) * pairs / len(geometry.budgeted_layers)
+        fixed += once + abs(merged - plain)
     aside = 0.0
     if parts.destination is not None:
         fixed += parts.destination.fixed_bytes(*widths, item)
@@ -52,9 +62,12 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     return EntryCost(per_entry, fixed, aside)
 
 
-def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes per sequence of what no budget can shrink: sliding windows, convolution and recurrent states."""
-    geometry = CacheGeometry.from_config(config)
+def overhead_bytes(config: PreTrainedConfig, dtype: torch.dtype, geometry: CacheGeometry | None = None) -> int:
+    """Bytes per sequence of what no budget can shrink: sliding windows, convolution and recurrent states.
+
+    ``geometry`` is that of the configuration, or what a policy's sharing map makes of it.
+    """
+    geometry = geometry or CacheGeometry.from_config(config)
     total = 0
     for shape in geometry.layers:
         if shape.kind == "sliding" and shape.window:

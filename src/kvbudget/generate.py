@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
 from kvbudget.cache import KVCache
+from kvbudget.driver import revising
 from kvbudget.errors import CacheError, KVBudgetError
 from kvbudget.policy.base import Recipe, Span
 from kvbudget.policy.policy import Policy
@@ -140,10 +141,12 @@ def generate(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,
-                do_sample=do_sample, stopping_criteria=criteria, logits_processor=processors, streamer=streamer, **options,
-            )  # fmt: skip
+            with revising(model, cache):
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,
+                    do_sample=do_sample, stopping_criteria=criteria, logits_processor=processors, streamer=streamer,
+                    **options,
+                )  # fmt: skip
         except KeyboardInterrupt:
             out, interrupted = ids if steps.ids is None else steps.ids, True
             if streamer is not None:

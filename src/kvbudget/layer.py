@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked
 from kvbudget.kernels import flash, merge
 from kvbudget.kernels.reference import Partial
-from kvbudget.segments import selective
+from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.lane import Lane
@@ -39,6 +39,7 @@ class AttentionCall:
 
     ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits. ``steps [B, n]``
     are the positions of the tokens where some of the text between them is left out (None: they follow what has been seen).
+    ``face`` says which of the layers asks, where two share what they hold merged.
     """
 
     query: Tensor
@@ -50,6 +51,7 @@ class AttentionCall:
     sink: Tensor | None = None
     valid: Tensor | None = None
     steps: Tensor | None = None
+    face: int = 0
 
 
 class LayerCache:
@@ -61,7 +63,7 @@ class LayerCache:
     ``prompt[b]`` those that it began with; ``make_segment`` builds an empty main segment for a number of rows; ``window`` is
     the layer's own sliding window: entries outside of it are dropped after every forward.
     ``depth`` runs from 0 in the first budgeted layer to 1 in the last. A ``selector`` says what queries read of the entries
-    held (extra passes of a plan and of measurements read everything).
+    held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
     """
 
@@ -75,6 +77,7 @@ class LayerCache:
         window: int | None = None,
         rotation: RotatesKeys | None = None,
         selector: selective.Selects | None = None,
+        reads: retrospective.Reads | None = None,
     ) -> None:
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads
@@ -83,6 +86,7 @@ class LayerCache:
         self.window = window
         self.rotation = rotation
         self.selector = selector
+        self.reads = reads
         self.main: list[Segment] = []
         self.front: list[Segment] = []
         self.statistics: dict[str, Tensor] = {}
@@ -141,6 +145,13 @@ class LayerCache:
         """
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
+        if self.reads is not None:
+            again = self.statistics.get(retrospective.RETURNED)
+            fresh = call.query.shape[2] - (0 if again is None else again.shape[1])
+            if call.valid is None and call.steps is None and fresh <= FEW_TOKENS:
+                out, lse = retrospective.attend(self, self.reads, call)
+                return out.to(call.query.dtype), lse
+            retrospective.forget(self)
         few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
         self._fresh = False
         if few:
@@ -244,6 +255,8 @@ class LayerCache:
             self._slide()
         for segment in self.segments:
             segment.seal(asked)
+        if self.front and self._lane is not None and not self._lane.fits(self.segments):
+            self._lane = None  # it would keep a segment alive that a destination has replaced
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 
@@ -477,7 +490,7 @@ class LayerCache:
         for segment in self.segments:
             if segment.longest:
                 own = tail if segment is newest else 0
-                ctx = AttendContext(call.scale, call.softcap, window, positions, own)
+                ctx = AttendContext(call.scale, call.softcap, window, positions, own, call.face)
                 yield segment.attend(self._turned(segment, query, n), ctx)
 
     def _inside(self, call: AttentionCall) -> Partial:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from kvbudget.assembly import laid_out
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
 from kvbudget.enforcer import Enforcer
@@ -106,10 +107,12 @@ def plan(
     if limit is not None and limit.kind != "bytes":
         raise BudgetError(f"memory {memory!r} must be bytes, such as '2GiB'")
     wanted = [Budget.parse(value) for value in budgets] + ([] if limit is None else [limit])
-    overhead = overhead_bytes(config, dtype)
     chosen = parse(policy)
     if "calibration" in chosen.needs:
         raise PolicyError(f"what {chosen} keeps depends on a calibration of the model; plan with another method")
+    full_bytes = batch * geometry.cache_bytes(context, dtype.itemsize)
+    geometry = laid_out(geometry, chosen.parts())
+    overhead = overhead_bytes(config, dtype, geometry)
     purchases = []
     for budget in wanted:
         for codec, text in CODECS.items() if chosen.parts().codec is None else [("its own", "")]:
@@ -131,7 +134,7 @@ def plan(
         other_layers=geometry.num_layers - len(geometry.budgeted_layers),
         num_kv_heads=geometry.layers[geometry.budgeted_layers[0]].num_kv_heads,
         max_positions=geometry.max_positions,
-        full_bytes=batch * geometry.cache_bytes(context, dtype.itemsize),
+        full_bytes=full_bytes,
         floor_bytes=batch * overhead,
         memory=None if limit is None else int(limit.amount),
         purchases=purchases,

@@ -42,10 +42,10 @@ class CacheReport:
         for layer in cache.layers:
             if isinstance(layer, LinearAttentionLayer):
                 states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-                held = {"recurrent states": sum(x.untyped_storage().nbytes() for x in states if x is not None)}
-            else:
-                held = layer.store.parts()
-            for name, size in held.items():
+                size = sum(x.untyped_storage().nbytes() for x in states if x is not None)
+                parts["recurrent states"] = parts.get("recurrent states", 0) + size
+        for store in cache.stores:
+            for name, size in store.parts().items():
                 parts[name] = parts.get(name, 0) + size
         nbytes = cache.nbytes
         return cls(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute import kept_positions
+from test_less import weights as state_weights
 from test_registry import feed
 from torch import Tensor
 
@@ -19,6 +20,9 @@ POLICIES = (
     "expected_attention_stats",
     "compresskv(least=8)",
     "snapkv(window=8)+top_theta",
+    "less",
+    "snapkv(window=8)+kvsharer",
+    "h2o+kv_heads",
     "snapkv(window=8)+headkv",
 )
 
@@ -34,6 +38,15 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
+        "less": (state_weights(), {}),
+        "kv_heads": (
+            {
+                name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q.contiguous()
+                for name in ("keys", "values")
+            },
+            {},
+        ),
+        "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
         "razor_attention": ({"induction": torch.rand(2, 2, generator=generator), "echo": torch.zeros(2, 2)}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},
@@ -62,7 +75,7 @@ def test_padded_rows_equal_their_single_runs(policy):
         single = KVCache(model, policy, 48)
         expected = feed(model, single, torch.cat([text, ids[b : b + 1, -6:]], dim=1), [text.shape[1]] + [1] * 6)
         torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=1e-4, rtol=0)
-        for layer in range(2):
+        for layer in range(len(batch.enforcer.layers)):
             assert kept_positions(batch, layer, b) == kept_positions(single, layer)
 
 

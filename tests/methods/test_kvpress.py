@@ -50,6 +50,33 @@ for name, text in presses.items():
     press.score = keep
     with torch.no_grad(), press(model):
         model.model(given["ids"], past_key_values=DynamicCache())
+for name, normalize in (("finch", False), ("finch_normalized", True)):
+    press = kvpress.FinchPress(0.5, normalize_scores=normalize, rerotate_keys=False)
+    press.delimiter_token_id, press.window_size = -1, 20  # the last 20 tokens are the question
+    score = press.score
+
+    def keep(module, hidden_states, keys, values, attentions, kwargs, score=score, name=name):
+        out = score(module, hidden_states, keys, values, attentions, kwargs)
+        found[f"{name}.{module.layer_idx}"] = out.float().contiguous()
+        return out
+
+    press.score = keep
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model.model(given["ids"], past_key_values=cache)
+    for index, layer in enumerate(cache.layers):
+        found[f"{name}.keys.{index}"] = layer.keys.contiguous()
+press = kvpress.KVComposePress(compression_ratio=0.5)
+compress = press.compress_cache
+
+def note(model):
+    for index, heads in enumerate(press.important_mask_per_kv_head):
+        found[f"kvcompose.{index}"] = torch.stack(heads)
+    compress(model)
+
+press.compress_cache = note
+with torch.no_grad(), press(model):
+    model.model(given["ids"], past_key_values=DynamicCache())
 save_file(found, sys.argv[4])
 """
 # kvpress's form, and the text of the policy; scores are compared from the first entry that both judge.
@@ -66,10 +93,18 @@ PAIRS = {
     "snapkv": ("kvpress.SnapKVPress(0.5, window_size=32)", "snapkv"),
 }
 
+# Methods that judge the prompt in passes of their own; kvpress takes the question for the end of the prompt.
+PLANNED = {
+    "finch": "finch(shared=False, normalize=False, positions=original, chunk=1000)",
+    "finch_normalized": "finch(shared=False, positions=original, chunk=1000)",
+    "kvcompose": "kvcompose",
+}
+ASKED = {name: {"question_ids": random_text(300)[:, 280:]} for name in ("finch", "finch_normalized")}
+
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Scores ``[1, Hkv, T]`` of every pair and layer: kvpress's and ours."""
+    """Scores ``[1, Hkv, T]`` of every pair and layer: kvpress's, with what its plans keep, and ours."""
     folder = tmp_path_factory.mktemp("kvpress")
     os.environ["KVBUDGET_CACHE"] = str(folder)
     model, ids = tiny_model("llama", num_attention_heads=6, num_key_value_heads=2), random_text(300)
@@ -108,6 +143,19 @@ def both(tmp_path_factory):
             model(ids, past_key_values=cache)
         for layer, store in enumerate(cache.enforcer.layers):
             ours[f"{name}.{layer}"] = cache.parts.scorer.score(View(store))
+    for name, text in PLANNED.items():
+        # 20 entries of the budget are for the question, which has not come yet.
+        cache = KVCache(model, text, 150)
+        cache.prefill(model, ids if name == "kvcompose" else ids[:, :280], **ASKED.get(name, {}))
+        for layer, store in enumerate(cache.enforcer.layers):
+            view = View(store)
+            kept = torch.zeros(1, 2, 301, dtype=torch.bool)
+            kept.scatter_(2, view.positions.masked_fill(~view.valid, 300).long(), True)
+            ours[f"{name}.{layer}"] = kept[..., :300]
+        whole = KVCache(model, text, 1000)
+        whole.prefill(model, ids if name == "kvcompose" else ids[:, :280], **ASKED.get(name, {}))
+        for layer, store in enumerate(whole.enforcer.layers):
+            ours[f"{name}.keys.{layer}"], ours[f"{name}.scores.{layer}"] = View(store).keys, View(store).state("score")
     del os.environ["KVBUDGET_CACHE"]
     return theirs, ours
 
@@ -120,3 +168,31 @@ def test_both_order_the_entries_alike(both, name):
         if name == "snapkv":  # the mean over the window there, the sum here; its columns are padded with the maximum
             one, other = one[..., :-40] * 32, other[..., :-40]
         torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["finch", "finch_normalized"])
+def test_the_question_keeps_the_same_of_the_text(both, name):
+    theirs, ours = both
+    for layer in range(2):
+        keys = ours[f"{name}.keys.{layer}"]
+        nearest, place = (theirs[f"{name}.keys.{layer}"][..., None, :] - keys[:, :, None]).abs().amax(-1).min(-1)
+        here = nearest < 1e-3  # the others are the question's
+        assert here.sum(-1).tolist() == [[130, 130]]
+        kept = torch.zeros(1, 2, 280, dtype=torch.bool).scatter_(2, place[here].view(1, 2, 130), True)
+        score = theirs[f"{name}.{layer}"][..., :280]
+        if name == "finch":
+            torch.testing.assert_close(ours[f"{name}.scores.{layer}"], score, atol=2e-6, rtol=2e-3)
+            assert torch.equal(ours[f"{name}.{layer}"][..., :280], kept)
+            continue
+        # The paper weights a row by the keys that it sees, itself included; there it is one fewer, and not normalized.
+        torch.testing.assert_close(ours[f"{name}.scores.{layer}"] * 300, score * 300 / 299, atol=1e-4, rtol=2e-3)
+        differs = (ours[f"{name}.{layer}"][..., :280] != kept).sum()
+        assert differs <= 2, f"{differs} of 260 entries in layer {layer}"
+
+
+def test_composites_are_the_same(both):
+    theirs, ours = both
+    for layer in range(2):
+        found, expected = ours[f"kvcompose.{layer}"][0], theirs[f"kvcompose.{layer}"]
+        assert found.sum(-1).tolist() == expected.sum(-1).tolist()
+        assert torch.equal(found, expected)

@@ -13,6 +13,8 @@ POLICIES = (
     "knorm+scope(recent=16, length=400)",
     "shotkv(window=16)",
     "windowkv(window=16, group=2)",
+    "roco",
+    "expected_attention",
     "lacache(before=7, after=2, positions=cache)",
 )
 

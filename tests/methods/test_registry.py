@@ -29,6 +29,8 @@ SMALL = {
     "fastgen": "fastgen(recovery=0.6, local=0.1)",
     "fair": "fair(cuts=(30,), window=32)",
     "full": "full",
+    "transformer_vq": "transformer_vq(codes=8)",
+    "mixattention": "mixattention(every=1)",
     "scope": "snapkv(window=16)+scope(recent=16)",
     "morphkv": "morphkv(window=16)",
     "windowkv": "windowkv(window=16, group=2)",

@@ -1,7 +1,6 @@
 """Gates fitted to what a model attends to when it repeats or continues texts, by forward passes alone."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +10,13 @@ from torch.nn.functional import binary_cross_entropy, smooth_l1_loss
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import watch
+from kvbudget.calibrate.training import Lesson, Training
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry, rotations_of
 from kvbudget.policy.gates import Gate, LinearGate, RetainingGate, SinkGate
 from kvbudget.policy.view import View
 
-Lesson = Callable[[dict[str, Tensor], torch.Generator], Tensor]
 LEAST = 1e-6
 """Attention below this counts as this much where its logarithm is taken."""
 ROWS = 256
@@ -25,71 +24,24 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class GateCalibration(TextCalibration):
-    """A gate trained by Adam on one text after the other; moments and weights are kept between them.
+class GateCalibration(Training):
+    """A gate trained on one text after the other.
 
     The artifact holds the weights of the gate, stacked over all layers of the model (those that no budget governs stay
     untrained).
-
-    Attributes:
-        count: number of texts.
-        length: tokens of each.
-        steps: of the optimizer on each text.
-        batch: tokens of a text in each step.
-        rate: learning rate.
-        seed: of the untrained weights and the batches.
     """
-
-    steps: int = 30
-    batch: int = 256
-    rate: float = 3e-3
-    seed: int = 0
 
     @abstractmethod
     def gate(self) -> Gate:
         """The gate that is trained."""
 
-    @abstractmethod
-    def lesson(self, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Lesson]:
-        """Which layers of the model learn from a text ``[1, T]``, and the error of their stacked weights on a part of it."""
-
-    def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        index, lesson = self.lesson(model, ids)
-        state = dict(state) or self.start(model)
-        number = int(state["number"])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        names = [name.removeprefix("weight.") for name in state if name.startswith("weight.")]
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                number += 1
-                weights = {name: state[f"weight.{name}"][index].requires_grad_() for name in names}
-                lesson(weights, generator).backward()
-                for name, weight in weights.items():
-                    assert weight.grad is not None
-                    one, two = (state[f"{moment}.{name}"] for moment in ("first", "second"))
-                    one[index] = 0.9 * one[index] + 0.1 * weight.grad
-                    two[index] = 0.999 * two[index] + 0.001 * weight.grad**2
-                    slope = (one[index] / (1 - 0.9**number)) / ((two[index] / (1 - 0.999**number)).sqrt() + 1e-8)
-                    state[f"weight.{name}"][index] = weight.detach() - self.rate * slope
-        state["number"] = torch.tensor([number])
-        return state
-
-    def start(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Untrained weights and empty moments."""
+    def untrained(self, model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
         geometry = CacheGeometry.from_config(model.config)
         shape = geometry.layers[geometry.budgeted_layers[0]]
         width = shape.num_attention_heads * shape.key_head_dim
         width += shape.num_kv_heads * (shape.key_head_dim + shape.value_head_dim)
-        generator = torch.Generator().manual_seed(self.seed)
         layers = [self.gate().start(width, shape.num_kv_heads, shape.group_size, generator) for _ in geometry.layers]
-        weights = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        state = {f"weight.{name}": tensor for name, tensor in weights.items()}
-        for moment in ("first", "second"):
-            state |= {f"{moment}.{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
-        return state | {"number": torch.zeros(1, dtype=torch.long)}
-
-    def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix("weight."): x for name, x in state.items() if name.startswith("weight.")}
+        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The geometry of a model's cache: what each layer stores per token, read from a configuration without weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,8 @@ class LayerGeometry:
     `window - 1` tokens stay between two forward calls), "linear" or "conv" (a state of fixed size), "shared" (reads
     what an earlier layer stores), "none" (a layer without attention) or "other" (a kind that kvbudget does not know).
     Head counts and dimensions are 0 where no keys and values are stored. `recurrent` marks every layer with a
-    recurrent or convolution state, also one that holds attention beside it.
+    recurrent or convolution state, also one that holds attention beside it. `owner` is the layer that a "shared" one reads
+    from, where a policy decided it.
     """
 
     kind: LayerKind
@@ -42,6 +44,15 @@ class LayerGeometry:
     value_head_dim: int = 0
     window: int | None = None
     recurrent: bool = False
+    owner: int | None = None
+
+    def reading(self, owner: int) -> "LayerGeometry":
+        """The layer as one that stores nothing and reads what layer `owner` stores."""
+        return LayerGeometry("shared", self.num_attention_heads, recurrent=self.recurrent, owner=owner)
+
+    def sliding(self, window: int) -> "LayerGeometry":
+        """The layer with a sliding window of so many tokens (0: as it is)."""
+        return replace(self, kind="sliding", window=window) if window else self
 
     @property
     def group_size(self) -> int:
@@ -116,6 +127,10 @@ class CacheGeometry:
     def budgeted_layers(self) -> tuple[int, ...]:
         """Indices of the layers that a budget governs: full attention."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.kind == "full")
+
+    def replaced(self, layers: Mapping[int, LayerGeometry]) -> "CacheGeometry":
+        """The geometry with some of its layers replaced."""
+        return replace(self, layers=tuple(layers.get(i, layer) for i, layer in enumerate(self.layers)))
 
     @property
     def has_recurrent_state(self) -> bool:

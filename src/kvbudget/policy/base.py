@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
+    from kvbudget.policy.projection import HeadProjection
+    from kvbudget.policy.sharing import Sharing
     from kvbudget.policy.view import View
     from kvbudget.segments.base import Segment
     from kvbudget.segments.selective import Chosen, Reading
@@ -37,6 +39,8 @@ Role = Literal[
     "trigger",
     "plan",
     "protect",
+    "sharing",
+    "projection",
     "thinning",
 ]
 
@@ -185,6 +189,30 @@ class Selector(Part, ABC):
     @abstractmethod
     def select(self, reading: Reading) -> Chosen:
         """Weights of the values, and of their mean as a compensation for what is not read."""
+
+
+@dataclass(frozen=True)
+class LookingBack(Part, ABC):
+    """A selector for forwards of few tokens in which the newest ``window`` queries share what each of them reads.
+
+    What a query has missed completes its stored answer (`kvbudget.segments.retrospective`), and a driver takes its token
+    through the layers again. ``states`` as for a `Scorer`.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+
+    window: int = 2
+
+    @abstractmethod
+    def read(self, layer_idx: int, query: Tensor, keys: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Which of the ``visible [B, Hkv, n, T]`` entries each query reads: bool of the same shape.
+
+        ``query [B, Hkv, G, n, D]`` and ``keys [B, Hkv, T, D]`` in float32, ``positions [B, Hkv, T]`` (-1: an empty cell).
+        """
+
+    def fixed_bytes(self, value_dim: int, group: int) -> float:
+        """Bytes per sequence and KV head of the stored answers."""
+        return (self.window - 1) * group * 4.0 * (value_dim + 1)
 
 
 @dataclass(frozen=True)
@@ -343,9 +371,11 @@ class Parts:
     heads: HeadAllocator | None = None
     refinement: Refinement | None = None
     threshold: float | None = None
-    selector: Selector | None = None
+    selector: Selector | LookingBack | None = None
     granularity: Granularity = Granularity()
     stages: Stages | None = None
+    sharing: Sharing | None = None
+    projection: HeadProjection | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()
@@ -362,7 +392,8 @@ class Parts:
     @property
     def replayable(self) -> bool:
         """Whether what the full cache's prefill was asked, recorded once, is what this policy's own begins with."""
-        return not self.thinning and (self.selector is None or not self.selector.prefill)
+        changes = self.thinning or self.sharing is not None or self.projection is not None
+        return not changes and (self.selector is None or not getattr(self.selector, "prefill", False))
 
 
 class Recipe:

@@ -20,7 +20,8 @@ class AttendContext:
 
     ``scale`` multiplies the logits; ``softcap`` caps them; ``window`` is the sliding window in positions;
     ``query_positions [R, n]`` are the positions of the n query steps; ``causal_tail`` is how many of the newest entries
-    belong to the query steps themselves (0: all entries precede every query).
+    belong to the query steps themselves (0: all entries precede every query). ``face`` says which of the layers asks, where a
+    segment serves two.
     """
 
     scale: float
@@ -28,6 +29,7 @@ class AttendContext:
     window: int | None = None
     query_positions: Tensor | None = None
     causal_tail: int = 0
+    face: int = 0
 
 
 class Side(NamedTuple):

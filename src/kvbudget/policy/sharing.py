@@ -1,0 +1,140 @@
+"""Sharing maps: which layers read another layer's entries instead of holding their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvbudget.errors import PolicyError
+from kvbudget.models import CacheGeometry
+from kvbudget.policy.base import Part
+from kvbudget.segments.base import Segment
+from kvbudget.segments.paired import PairedSegment
+
+
+@dataclass(frozen=True)
+class Sharing(Part, ABC):
+    """Which of the layers that a budget governs hold entries, and which read those of an earlier one.
+
+    A reader attends with its own queries to its owner's entries, new ones included; its own keys and values are dropped.
+    Layers are counted among those with full attention, others are left alone.
+    """
+
+    merges: ClassVar[bool] = False
+    """Whether an owner and its one reader hold their entries merged (`segment`), and each is answered by its own."""
+
+    @abstractmethod
+    def owners(self, layers: int) -> list[int]:
+        """The owner of each of ``layers`` layers: itself, or an earlier one that is its own owner."""
+
+    def windows(self, layers: int) -> list[int]:
+        """Sliding windows in tokens, 0 for full attention; a reader has its owner's."""
+        return [0] * layers
+
+    def layout(self, geometry: CacheGeometry) -> CacheGeometry:
+        """The geometry with the readers marked, and full layers as sliding ones where they have a window.
+
+        Raises:
+            PolicyError: for a map that no cache can follow on this model, naming the layer.
+        """
+        index = geometry.budgeted_layers
+        owners, windows = self.owners(len(index)), self.windows(len(index))
+        for i, owner in enumerate(owners):
+            same = 0 <= owner <= i and owners[owner] == owner and windows[i] == windows[owner]
+            if not same or geometry.layers[index[i]] != geometry.layers[index[owner]]:
+                raise PolicyError(
+                    f"layer {index[i]} cannot read the entries of layer {index[owner]}: a reader's owner comes before it, has "
+                    "heads of the same number and size, the same window, and reads from nobody; give another map"
+                )
+        shapes = [geometry.layers[at].reading(index[owner]) for at, owner in zip(index, owners, strict=True)]
+        for i, owner in enumerate(owners):
+            if owner == i:
+                shapes[i] = geometry.layers[index[i]].sliding(windows[i])
+        return geometry.replaced(dict(zip(index, shapes, strict=True)))
+
+    def segment(self, num_rows: int) -> Segment:
+        """What holds a pair of layers whose entries are merged."""
+        raise NotImplementedError
+
+    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
+        """Bytes of an entry of a merged pair with ``width`` elements of key and value, and those that come once per row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Consecutive(Sharing):
+    """Groups of ``factor`` consecutive layers, of which the first is the owner (the last group may be smaller)."""
+
+    factor: int = 2
+
+    def owners(self, layers: int) -> list[int]:
+        return [i - i % self.factor for i in range(layers)]
+
+
+@dataclass(frozen=True)
+class Listed(Sharing):
+    """Owners as listed."""
+
+    table: tuple[int, ...] = ()
+
+    def owners(self, layers: int) -> list[int]:
+        if len(self.table) != layers:
+            raise PolicyError(
+                f"a map of {len(self.table)} layers does not fit a model with {layers}; give one number each"
+            )
+        return list(self.table)
+
+
+@dataclass(frozen=True)
+class Mixed(Sharing):
+    """Full attention in every ``every``-th layer from ``first`` on, sliding windows in the runs of layers between.
+
+    The full layers share ``caches`` caches, consecutive ones the same; each run shares one window of ``window`` tokens, or
+    has one per ``run`` layers.
+    """
+
+    window: int = 1024
+    every: int = 4
+    first: int = 0
+    caches: int = 1
+    run: int = 0
+
+    def owners(self, layers: int) -> list[int]:
+        full = [i for i, window in enumerate(self.windows(layers)) if not window]
+        share = -(-len(full) // self.caches)
+        owners: list[int] = []
+        start = 0
+        for i in range(layers):
+            if i in full:
+                at = full.index(i)
+                owners.append(full[at - at % share])
+                start = i + 1
+            else:
+                owners.append(i - (i - start) % self.run if self.run else start)
+        return owners
+
+    def windows(self, layers: int) -> list[int]:
+        return [0 if i >= self.first and (i - self.first) % self.every == 0 else self.window for i in range(layers)]
+
+
+@dataclass(frozen=True)
+class MergedPairs(Sharing):
+    """Neighboring layers two by two, from ``start * layers`` on, whose entries are held merged (`PairedSegment`)."""
+
+    merges: ClassVar[bool] = True
+
+    start: float = 0.5
+    part: float = 0.6
+    share: float = 0.05
+
+    def owners(self, layers: int) -> list[int]:
+        first = round(self.start * layers)
+        return [i if i < first else i - (i - first) % 2 for i in range(layers)]
+
+    def segment(self, num_rows: int) -> Segment:
+        return PairedSegment(num_rows, self.part, self.share)
+
+    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
+        retained = 2 * width * itemsize + 4 + 4  # position and angle
+        return (width + 4) * itemsize + self.share * retained, retained
