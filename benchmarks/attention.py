@@ -4,6 +4,8 @@ Every variant of one shape is measured in turns (one call of each, then the next
 machine touches all of them. A variant cycles through as many copies of its cache as make it larger than the last-level
 cache, as the layers of a model do: what is measured is decoding, where other data has passed between two visits.
 
+A run of all lengths takes less than ten minutes and 4 GiB on an idle machine of two cores; the JSON grows with every shape.
+
     python benchmarks/attention.py [--threads 2] [--lengths 1024,8192,32768,131072] [--json results/attention.json]
 """
 
@@ -69,20 +71,22 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def interleave(variants: Sequence[Variant], seconds: float, clock: Callable[[], float], least: int = 20) -> None:
-    """Runs one call of each variant per round until the time is up; what is far slower takes part in every tenth."""
+def interleave(variants: Sequence[Variant], seconds: float, clock: Callable[[], float], least: int = 3) -> None:
+    """One call of each variant per round until the time is up; none gets more than four times the time of the quickest.
+
+    Every variant is measured ``least`` times at any rate, which bounds what the slowest ones cost.
+    """
     for variant in variants:
         variant.step(clock)
-    quickest = min(variant.seconds[0] for variant in variants)
-    slow = {variant.name for variant in variants if variant.seconds[0] > 8 * quickest}
     for variant in variants:
         variant.seconds.clear()
-    end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or turn < least:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or any(len(variant.seconds) < least for variant in variants):
+        share = 4 * min(sum(variant.seconds) for variant in variants)
+        late = time.perf_counter() > end
         for variant in variants:
-            if variant.name not in slow or turn % 10 == 0:
+            if len(variant.seconds) < least or (not late and sum(variant.seconds) <= share):
                 variant.step(clock)
-        turn += 1
 
 
 def copies(nbytes: int, limit: int) -> int:
@@ -97,24 +101,23 @@ def starts_of(lengths: Sequence[int], group: int = 1) -> list[int]:
     return starts
 
 
+def filled(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Random entries ``[rows, width]``; long columns repeat a shorter one, which costs less to draw."""
+    few = torch.randn(min(rows, 4096), width).to(dtype)
+    return few.repeat(-(-rows // len(few)), 1)[:rows]
+
+
 def quantized(lengths: Sequence[int], width: int, bits: int) -> tuple[Operand, Operand, int]:
     """KIVI's layout: keys per channel, values per token, groups of 32, scales and zeros in half precision."""
     groups, entries = sum(-(-n // GROUP) for n in lengths), sum(lengths)
     packed = packed_width(width, bits)
     key_codes = torch.randint(0, 256, (groups, GROUP, packed), dtype=torch.uint8)
     value_codes = torch.randint(0, 256, (entries, packed), dtype=torch.uint8)
-    key = ChannelQuantOperand(
-        key_codes,
-        torch.rand(groups, width).half(),
-        torch.rand(groups, width).half(),
-        bits,
-        GROUP,
-        starts_of(lengths, GROUP),
-    )
-    meta = (entries, width // GROUP)
-    value = TokenQuantOperand(
-        value_codes, torch.rand(meta).half(), torch.rand(meta).half(), bits, GROUP, starts_of(lengths)
-    )
+    half = torch.float16
+    key_scale, key_zero = (filled(groups, width, half).abs() for _ in range(2))
+    key = ChannelQuantOperand(key_codes, key_scale, key_zero, bits, GROUP, starts_of(lengths, GROUP))
+    value_scale, value_zero = (filled(entries, width // GROUP, half).abs() for _ in range(2))
+    value = TokenQuantOperand(value_codes, value_scale, value_zero, bits, GROUP, starts_of(lengths))
     nbytes = sum(t.nbytes for o in (key, value) for t in (o.codes, o.scale, o.zero))
     return key, value, nbytes
 
@@ -122,37 +125,51 @@ def quantized(lengths: Sequence[int], width: int, bits: int) -> tuple[Operand, O
 def codebook(lengths: Sequence[int], width: int) -> tuple[Operand, Operand, int]:
     """Coupled quantization at one bit per channel: groups of 8 channels, 256 codewords each."""
     words = torch.randn(2, len(lengths), 1, width // 8, 256, 8)
-    codes = torch.randint(0, 256, (2, sum(lengths), 1, width // 8)).to(torch.uint8)
+    codes = torch.randint(0, 256, (2, sum(lengths), 1, width // 8), dtype=torch.uint8)
     key, value = (CodebookOperand(codes[i], words[i], starts_of(lengths)) for i in range(2))
     return key, value, codes.nbytes
 
 
-def dense(lengths: Sequence[int], width: int, dtype: torch.dtype) -> tuple[Operand, Operand, int]:
-    key, value = (DenseOperand(torch.randn(sum(lengths), width).to(dtype), starts_of(lengths)) for _ in range(2))
-    return key, value, key.data.nbytes + value.data.nbytes
+def dense(kv_heads: int, length: int, width: int, dtype: torch.dtype, limit: int) -> list[Tensor]:
+    """Copies of a cache, keys and values ``[2, kv_heads * length, width]`` each, which several variants read in turns."""
+    nbytes = 2 * kv_heads * length * width * dtype.itemsize
+    return [filled(2 * kv_heads * length, width, dtype).view(2, -1, width) for _ in range(copies(nbytes, limit))]
 
 
 def ours(
-    name: str, make: Callable[[], tuple[Operand, Operand, int]], query: Tensor, lengths: Sequence[int], limit: int
+    name: str, caches: Sequence[tuple[Operand, Operand]], nbytes: int, query: Tensor, lengths: Sequence[int]
 ) -> Variant:
-    caches = [make()]
-    nbytes = caches[0][2]
-    caches += [make() for _ in range(copies(nbytes, limit) - 1)]
     scale = query.shape[-1] ** -0.5
-    calls = [lambda k=k, v=v: kernels.attend(query, k, v, lengths, scale=scale) for k, v, _ in caches]
+    calls = [lambda k=k, v=v: kernels.attend(query, k, v, lengths, scale=scale) for k, v in caches]
     return Variant(name, calls, nbytes, 2 * query.shape[1] * query.shape[2] * sum(lengths))
 
 
-def torch_sdpa(
-    name: str, heads: int, kv_heads: int, width: int, length: int, dtype: torch.dtype, limit: int, expand: bool
+def ours_dense(name: str, caches: Sequence[Tensor], query: Tensor, lengths: Sequence[int]) -> Variant:
+    starts = starts_of(lengths)
+    pairs = [(DenseOperand(cache[0], starts), DenseOperand(cache[1], starts)) for cache in caches]
+    nbytes = 2 * sum(lengths) * query.shape[-1] * caches[0].itemsize
+    return ours(name, pairs, nbytes, query, lengths)
+
+
+def ours_coded(
+    name: str, make: Callable[[], tuple[Operand, Operand, int]], query: Tensor, lengths: Sequence[int], limit: int
 ) -> Variant:
+    made = [make()]
+    made += [make() for _ in range(copies(made[0][2], limit) - 1)]
+    return ours(name, [(key, value) for key, value, _ in made], made[0][2], query, lengths)
+
+
+def torch_sdpa(name: str, caches: Sequence[Tensor], heads: int, kv_heads: int, expand: bool) -> Variant:
     """sdpa as models call it: grouped keys as they are (enable_gqa), or repeated for every query head beforehand."""
-    query = torch.randn(1, heads, 1, width).to(dtype)
-    held = heads if expand else kv_heads
-    nbytes = 2 * kv_heads * length * width * dtype.itemsize
-    pairs = [torch.randn(2, 1, held, length, width).to(dtype) for _ in range(copies(nbytes * held // kv_heads, limit))]
+    width, nbytes = caches[0].shape[-1], caches[0].nbytes
+    query = torch.randn(1, heads, 1, width).to(caches[0].dtype)
+    pairs = [cache.view(2, 1, kv_heads, -1, width) for cache in caches]
+    if expand:
+        pairs = [
+            pair.repeat_interleave(heads // kv_heads, 2) for pair in pairs[: copies(nbytes * heads // kv_heads, 64)]
+        ]
     calls = [lambda p=p: sdpa(query, p[0], p[1], enable_gqa=not expand) for p in pairs]
-    return Variant(name, calls, nbytes, 2 * heads * width * length)
+    return Variant(name, calls, nbytes, 2 * heads * caches[0].shape[1] // kv_heads * width)
 
 
 def dequantize_then_sdpa(heads: int, kv_heads: int, width: int, length: int, bits: int) -> Variant:
@@ -200,31 +217,30 @@ def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse
     groups = heads // kv_heads
     query = torch.randn(kv_heads, groups, width)
     limit = 64 if length <= 8192 else 8
+    f32, bf16 = (dense(kv_heads, length, width, dtype, limit) for dtype in (torch.float32, torch.bfloat16))
     variants = [
-        ours("f32", lambda: dense(lengths, width, torch.float32), query, lengths, limit),
-        torch_sdpa("sdpa f32", heads, kv_heads, width, length, torch.float32, limit, expand=False),
-        ours("bf16", lambda: dense(lengths, width, torch.bfloat16), query, lengths, limit),
-        torch_sdpa("sdpa bf16", heads, kv_heads, width, length, torch.bfloat16, limit, expand=False),
+        ours_dense("f32", f32, query, lengths),
+        torch_sdpa("sdpa f32", f32, heads, kv_heads, expand=False),
+        ours_dense("bf16", bf16, query, lengths),
+        torch_sdpa("sdpa bf16", bf16, heads, kv_heads, expand=False),
     ]
     if length <= 8192:
-        variants.append(
-            torch_sdpa("sdpa f32, repeated", heads, kv_heads, width, length, torch.float32, limit, expand=True)
-        )
-        variants.append(
-            torch_sdpa("sdpa bf16, repeated", heads, kv_heads, width, length, torch.bfloat16, limit, expand=True)
-        )
+        variants.append(torch_sdpa("sdpa f32, repeated", f32, heads, kv_heads, expand=True))
+        variants.append(torch_sdpa("sdpa bf16, repeated", bf16, heads, kv_heads, expand=True))
     for bits in (8, 4, 2):
-        variants.append(ours(f"{bits} bits", lambda bits=bits: quantized(lengths, width, bits), query, lengths, limit))
-    variants.append(ours("codebook, 1 bit", lambda: codebook(lengths, width), query, lengths, limit))
+        make = lambda bits=bits: quantized(lengths, width, bits)  # noqa: E731
+        variants.append(ours_coded(f"{bits} bits", make, query, lengths, limit))
+    variants.append(ours_coded("codebook, 1 bit", lambda: codebook(lengths, width), query, lengths, limit))
     if length <= 32768:
         variants += [dequantize_then_sdpa(heads, kv_heads, width, length, bits) for bits in (4, 2)]
-    mean = length // GROUP * GROUP
-    skewed = [mean * 8 // 5 // GROUP * GROUP, mean * 2 // 5 // GROUP * GROUP] * (kv_heads // 2)  # 4 : 1, same total
-    if skewed:
-        even = [sum(skewed) // len(skewed)] * len(skewed)
-        some = query[: len(skewed)].contiguous()
-        variants.append(ours("bf16, heads 4:1", lambda: dense(skewed, width, torch.bfloat16), some, skewed, limit))
-        variants.append(ours("bf16, heads 1:1", lambda: dense(even, width, torch.bfloat16), some, even, limit))
+    skewed = [length * 8 // 5, length * 2 // 5] * (kv_heads // 2)  # 4 : 1
+    even = [sum(skewed) // len(skewed)] * len(skewed)
+    some = query[: len(skewed)].contiguous()
+    variants.append(ours_dense("bf16, heads 4:1", bf16, some, skewed))
+    variants.append(ours_dense("bf16, heads 1:1", bf16, some, even))
+    # Who reads the same copies reads others of them at a time: nobody finds in the cache what a neighbor has just read.
+    for number, variant in enumerate(variants):
+        variant.turn = number * len(variant.calls) // len(variants)
     interleave(variants, args.seconds, clock_of(args.threads))
     read, multiply = floors(args.threads)
     records = []
@@ -308,20 +324,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", default="1024,8192,32768,131072")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per shape")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per shape and length")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
-    records = []
-    for heads, kv_heads, width in SHAPES:
-        for length in map(int, filter(None, args.lengths.split(","))):
-            records += run_shape(heads, kv_heads, width, length, args)
-    helpers = prefill_helpers(args.threads)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"threads": args.threads, "records": records, "prefill": helpers}, indent=1))
+    tasks = [(*shape, int(length)) for length in args.lengths.split(",") if length for shape in SHAPES]
+    found: dict[str, Any] = {"threads": args.threads, "records": [], "prefill": []}
+    begin = time.perf_counter()
+    for number, task in enumerate(tasks, 1):
+        found["records"] += run_shape(*task, args)
+        print(f"[{number}/{len(tasks)}, {time.perf_counter() - begin:.0f} s]", flush=True)
+        write(found, args.json)
+    found["prefill"] = prefill_helpers(args.threads)
+    write(found, args.json)
+
+
+def write(found: dict[str, Any], path: Path | None) -> None:
+    """What has been measured so far."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

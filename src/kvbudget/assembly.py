@@ -40,6 +40,11 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
             "use when='over_budget', or give tokens or a fraction"
         )
+    if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
+            "use another method, such as pyramidkv"
+        )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
     if evicts and budget.kind == "none" and not bounded:

@@ -31,6 +31,7 @@ from kvbudget.policy.policy import Policy
 from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
+from kvbudget.thinning import Survivors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,6 +145,7 @@ class KVCache(Cache):
         self._first = next(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
         self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
         self._valid: Tensor | None = None
+        self._survivors: Survivors | None = None
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
@@ -155,9 +157,11 @@ class KVCache(Cache):
 
     # -- what the attention function calls -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.attend(index, call, mask, position_ids)
         layer = self.layers[index]
         if index == self._first:
             self._begin(call, mask, position_ids)
@@ -169,19 +173,27 @@ class KVCache(Cache):
                 self._valid = None
             return out
         self._enter(index)
+        width, thinned = call.query.shape[2], self._survivors
+        big = width > self.parts.trigger.every
+        if self.parts.thinning and big and thinned is None and not self.recording:
+            seen = layer.store.seen or [0] * call.query.shape[0]
+            self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
+        if thinned is not None:
+            call = thinned.take(call)
         out, lse = layer.store.forward(call)
-        queries = Queries(call.query, lse, call.scale, call.softcap, call.valid)
-        layer.columns += call.query.shape[2]
-        big = call.query.shape[2] > self.parts.trigger.every
+        queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, steps=call.steps)
+        layer.columns += width
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self.recording:
             self._recorded[index] = queries
         else:
             self._finish(index, queries)
+        if self._survivors is not None:
+            self._survivors = self._survivors.after(layer.store)
         if index == self._last:
             self._end(big)
-        return out
+        return out if thinned is None else thinned.spread(out, width)
 
     def _finish(self, index: int, queries: Queries | None) -> None:
         """What follows the attention of a layer: statistics, evictions and codecs."""
@@ -226,12 +238,12 @@ class KVCache(Cache):
             check_rope_switch(self._rope_switch, store.seen, counts)
             self.enforcer.admit(counts)
             self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
-        self._valid = valid
+        self._valid, self._survivors = valid, None
 
     def _end(self, big: bool) -> None:
         if self._last == len(self.layers) - 1:
             self.broken = None
-        self._valid = None
+        self._valid = self._survivors = None
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:

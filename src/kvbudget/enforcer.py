@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,20 +35,29 @@ class Enforcer(Shares):
 
         Without ``finish`` (a speculation that may be taken back) it stops after the statistics.
         """
-        layer = self.layers[index]
-        if not self.measured:
-            self.measured = [[] for _ in self.layers]
+        self.observe(index, view)
+        self.act(index, view, finish=finish)
+
+    def observe(self, index: int, view: View) -> None:
+        """The statistics that a layer's scorer and destination keep, which no budget changes."""
         if self.parts.scorer is not None:
             if self._leader(index) == index:
                 self.parts.scorer.observe(view)
             if self.parts.destination is not None:
                 self.parts.destination.observe(view)
+
+    def act(self, index: int, view: View, *, finish: bool = True) -> None:
+        """What follows the statistics: the allocator's measurement, evictions and codecs."""
+        layer = self.layers[index]
+        if not self.measured:
+            self.measured = [[] for _ in self.layers]
+        if self.parts.scorer is not None:
             allocator = self.parts.layers
             last = self.measured[index] or [None] * layer.batch_size
             if allocator is not None and allocator.measures:
                 self.measured[index] = list(allocator.preference(view, last))
             if finish and self._acts() and allocator is not None and allocator.joint:
-                if layer is self.layers[-1]:
+                if layer is self.layers[-1] or allocator.ends_round(index):
                     self.settle_all(view.new_tokens)
             elif finish and self._acts():
                 self.settle(layer, view)
@@ -81,21 +91,37 @@ class Enforcer(Shares):
     def settle_all(self, new_tokens: Sequence[int] | None = None) -> None:
         """Brings all layers back to their shares, after a forward of ``new_tokens[b]`` tokens (None: without slack)."""
         allocator = self.parts.layers
-        if allocator is not None and allocator.joint and not self._rank(allocator):
-            if self.budget.kind == "bytes":
-                self._level_room()
+        layers = [layer for layer in self.layers if layer.seen]
+        among = self._rank(allocator, layers) if allocator is not None and allocator.joint else None
+        if among is not None and not any(among):
+            if self.budget.kind != "none":
+                self._level_room(layers)
             return
-        for layer in self.layers:
-            self.settle(layer, View(layer), new_tokens)
+        for layer in layers:
+            self.settle(layer, View(layer), new_tokens, among)
 
-    def settle(self, layer: LayerCache, view: View, new_tokens: Sequence[int] | None = None) -> None:
-        """Evicts from a layer that holds more than its share, down to the share (less the trigger's slack)."""
+    def settle(
+        self,
+        layer: LayerCache,
+        view: View,
+        new_tokens: Sequence[int] | None = None,
+        among: Sequence[bool] | None = None,
+    ) -> None:
+        """Evicts from a layer that holds more than its share, down to the share (less the trigger's slack).
+
+        ``among[b]`` says which sequences may lose entries (None: all).
+        """
         index = self.layers.index(layer)
         heads = layer.num_kv_heads
-        held = layer.evictable()
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
+        # Bytes are never overrun; where entries count, the one that makes a layer too long need not move all others.
+        ahead = 0 if self.budget.kind == "bytes" else heads
+        rooms = [n + ahead for n in limits]
+        if self._rests and layer.capacity == rooms and layer.longest * heads <= min(limits):
+            return
+        held = layer.evictable()
         layer.set_capacity(
-            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
+            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(rooms)]
         )
         if self.parts.heads is None:
             over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
@@ -104,6 +130,8 @@ class Enforcer(Shares):
             over = [
                 sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
             ]
+        if among is not None:
+            over = [o and may for o, may in zip(over, among, strict=True)]
         due = self._due(layer, view, new_tokens)
         if any(over) or any(due):
             fresh = new_tokens or view.new_tokens
@@ -112,18 +140,23 @@ class Enforcer(Shares):
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
 
+    @cached_property
+    def _rests(self) -> bool:
+        """Whether a layer whose rows are all inside an even share of its limit has nothing to be done."""
+        return self.parts.threshold is None and not self.cost.aside and not sum(self._pinned)
+
     def _room(self, b: int, limit: int, heads: int) -> int:
         """Entries of a layer that sequence b may have memory for: its limit, or as long as the whole text fits, its share."""
         mean = self._mean(b)
         return limit if self._grows or mean < self.layers[0].seen[b] else max(limit, int(mean) * heads)
 
-    def _level_room(self) -> None:
+    def _level_room(self, layers: Sequence[LayerCache]) -> None:
         """Gives all layers the same part of what is left, where shares are those of an earlier ranking."""
-        held = [[sum(rows) for rows in layer.evictable()] for layer in self.layers]
+        held = [[sum(rows) for rows in layer.evictable()] for layer in layers]
         heads = sum(layer.num_kv_heads for layer in self.layers)
         batch = range(self._batch_size())
         left = [int(self._mean(b) * heads) - sum(rows[b] for rows in held) for b in batch]
-        for layer, rows in zip(self.layers, held, strict=True):
+        for layer, rows in zip(layers, held, strict=True):
             layer.set_capacity([rows[b] + left[b] * layer.num_kv_heads // heads for b in batch])
 
     def _target(self, layer: LayerCache, b: int, limit: int, new_tokens: int) -> int:
@@ -148,27 +181,35 @@ class Enforcer(Shares):
         if counts != held:
             self.parts.destination.limit(layer, counts)
 
-    def _rank(self, allocator: LayerAllocator) -> bool:
-        """Measures all layers' shares by ranking their entries together; False when nothing has to leave."""
+    def _rank(self, allocator: LayerAllocator, layers: Sequence[LayerCache]) -> list[bool]:
+        """Measures the shares of ``layers`` by ranking their entries together.
+
+        Returns which sequences hold more than the budget; the others keep the shares that they had.
+        """
         assert self.parts.scorer is not None
-        heads = sum(layer.num_kv_heads for layer in self.layers)
         batch = range(self._batch_size())
-        totals = [self._mean(b) * heads for b in batch]
-        held = [sum(sum(layer.evictable()[b]) for layer in self.layers) for b in batch]
-        if all(n <= total for n, total in zip(held, totals, strict=True)):
-            return False
+        means = [self._mean(b) for b in batch]
+        held = [sum(sum(layer.evictable()[b]) for layer in layers) for b in batch]
+        every = sum(layer.num_kv_heads for layer in self.layers)
+        over = [n > mean * every for n, mean in zip(held, means, strict=True)]
+        if not any(over):
+            return over
         scores = []
-        for layer in self.layers:
+        for layer in layers:
             view = View(layer)
             protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
             judged = self.parts.scorer.score(view).float().masked_fill(protected, float("inf"))
             scores.append(judged.masked_fill(~view.valid, float("-inf")))
-        shares = [
-            allocator.rank([score[b] for score in scores], int(min(total, n)))
-            for b, total, n in zip(batch, totals, held, strict=True)
-        ]
-        self.measured = [list(row) for row in zip(*shares, strict=True)]
-        return True
+        heads = sum(layer.num_kv_heads for layer in layers)
+        last = [row or [None] * len(batch) for row in self.measured or [[]] * len(self.layers)]
+        at = [i for i, layer in enumerate(self.layers) if layer.seen]
+        self.measured = [list(row) for row in last]
+        for b in batch:
+            if over[b]:
+                counts = allocator.rank([score[b] for score in scores], int(min(means[b] * heads, held[b])))
+                for i, count in zip(at, counts, strict=True):
+                    self.measured[i][b] = count
+        return over
 
     def _due(self, layer: LayerCache, view: View, new_tokens: Sequence[int] | None) -> list[bool]:
         """Sequences in which entries below the policy's threshold leave now: after every ``every``-th of their tokens."""
@@ -192,12 +233,13 @@ class Enforcer(Shares):
             return
         # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
         kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
-        spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
+        rooms = layer.capacity or limits
+        spare = max(0, min((room - k) // heads for room, k in zip(rooms, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
             spare = min(spare, self.parts.trigger.every)
         evicted = None
         if self.parts.destination is not None:
-            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), scores.flatten(0, 1))
+            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), keep, scores.flatten(0, 1))
         layer.evict(keep, spare)
         self.evictions += 1
         if self.parts.destination is not None and evicted is not None and evicted.position.numel():
@@ -223,7 +265,8 @@ class Enforcer(Shares):
                 rest = target - sum(held[b]) + sum(held[b][h] for h in free)
                 hint = None if (name := self.parts.heads.statistic) is None else view.statistic(name)
                 hint = None if hint is None else hint[b, free]
-                shared = self.parts.heads.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
+                allocator = self.parts.heads.of_layer(layer.layer_idx)
+                shared = allocator.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
                 for h, entries in zip(free, shared, strict=True):
                     split[h] = entries
             else:
@@ -251,15 +294,16 @@ class Enforcer(Shares):
     def _leader(self, index: int) -> int:
         return index if self.parts.layers is None else self.parts.layers.leader(index)
 
-    def _gather(self, layer: LayerCache, gone: Tensor, scores: Tensor) -> Evicted:
+    def _gather(self, layer: LayerCache, gone: Tensor, keep: Tensor, scores: Tensor) -> Evicted:
         begin = 0
         pieces = []
         for segment in layer.main:
             part = gone[:, begin : begin + segment.longest]
             key, value, meta, counts = segment.gather(part)
-            pieces.append((key, value, meta["position"], scores[:, begin : begin + segment.longest][part], counts))
+            columns = [key, value, meta["position"], scores[:, begin : begin + segment.longest][part]]
+            pieces.append((columns + ([meta["count"]] if "count" in meta else []), counts))
             begin += segment.longest
-        return Evicted.join(pieces)
+        return Evicted.join(pieces, scores[keep])
 
     def _slack(self, entries: int, new_queries: int) -> int:
         """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""

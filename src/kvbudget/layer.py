@@ -15,6 +15,7 @@ from kvbudget.kernels.reference import Partial
 from kvbudget.segments import selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.lane import Lane
 from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
@@ -32,11 +33,12 @@ class RotatesKeys(Protocol):
         """Rotates by ``delta`` positions."""
 
 
-@dataclass
+@dataclass(slots=True)
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
-    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits.
+    ``valid [B, n]`` marks tokens that are not padding (None: all); ``sink [Hq]`` are GPT-OSS's sink logits. ``steps [B, n]``
+    are the positions of the tokens where some of the text between them is left out (None: they follow what has been seen).
     """
 
     query: Tensor
@@ -47,6 +49,7 @@ class AttentionCall:
     window: int | None = None
     sink: Tensor | None = None
     valid: Tensor | None = None
+    steps: Tensor | None = None
 
 
 class LayerCache:
@@ -94,6 +97,8 @@ class LayerCache:
         self.hard = False
         self.page = 1
         self.paged: list[int] = []
+        self._lane: Lane | None = None
+        self._fresh = False
 
     @property
     def batch_size(self) -> int:
@@ -117,6 +122,11 @@ class LayerCache:
         rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
         return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
 
+    @property
+    def longest(self) -> int:
+        """Entries of the longest row that the policy may evict from."""
+        return max(self._main_lengths(), default=0)
+
     def start(self, batch_size: int) -> None:
         """Fixes the batch size of an empty layer."""
         self.seen = [0] * batch_size
@@ -131,13 +141,32 @@ class LayerCache:
         """
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
-        few = call.valid is None and call.query.shape[2] <= FEW_TOKENS
+        few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
+        self._fresh = False
         if few:
+            if call.query.shape[2] == 1 and (answer := self._step(call)) is not None:
+                return answer
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
         out, lse, _ = self.probe(call)
-        self.append(call.key, call.value, call.valid)
+        self.append(call.key, call.value, call.valid, call.steps)
         return out, lse
+
+    def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+        """One token by the prepared lane; None, with nothing done, where that cannot be."""
+        segments = self.front + self.main
+        if call.sink is not None or self.shift is not None or len(self.seen) != call.query.shape[0] or not self.main:
+            return None
+        lane = self._lane
+        if lane is None or not lane.fits(segments):
+            group = call.query.shape[1] // self.num_kv_heads
+            lane = self._lane = Lane(segments, len(self.front), group, lane is not None and lane.wanted)
+        seen = self._per_row(self.seen)
+        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window)
+        if answer is not None:
+            self.seen = [n + 1 for n in self.seen]
+            self._fresh = True
+        return answer
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""
@@ -161,13 +190,17 @@ class LayerCache:
 
     def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`, but leaves the new tokens out of the cache; also returns what held entries do not add to the lse."""
+        self._fresh = False
         inside = self._inside(call)
         out, lse = self._join(call, [*self._held(call, tail=0), inside])
         own = inside.lse.view(lse.shape)
         return out, lse, own if call.sink is None else torch.logaddexp(own, call.sink.float()[:, None])
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored."""
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None, steps: Tensor | None = None) -> None:
+        """Stores new tokens ``[B, Hkv, n, D]``; padding (``valid`` False) is never stored.
+
+        ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
+        """
         batch, heads, n = key.shape[:3]
         if not self.seen:
             self.start(batch)
@@ -185,13 +218,22 @@ class LayerCache:
             grid = valid[:, None].expand(batch, heads, n)
             rows = (key[grid], value[grid])
         row_counts = self._per_row(counts)
-        position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        if steps is None:
+            position = ranges(self._per_row(self.seen), row_counts, dtype=torch.int32, device=key.device)
+        else:
+            position = steps.int()[:, None].expand(batch, heads, n)
+            position = position.flatten() if valid is None else position[grid]
         # What is missing in an append is filled with zeros, so states are named once.
         new = [name for name in self.states if name not in segment.meta.columns]
-        segment.append(
-            *rows, {"position": position} | {name: torch.zeros_like(position).float() for name in new}, row_counts
-        )
-        self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        meta = {"position": position} | {name: torch.zeros_like(position).float() for name in new}
+        if "count" in self.states:
+            meta["count"] = torch.ones_like(position).float()
+        segment.append(*rows, meta, row_counts)
+        if steps is None:
+            self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        else:
+            grown = zip(self.seen, counts, steps[:, -1].tolist(), strict=True)
+            self.seen = [newest + 1 if count else seen for seen, count, newest in grown]
 
     def finish_forward(self, asked: Asked | None = None) -> None:
         """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails.
@@ -217,12 +259,29 @@ class LayerCache:
         rows = self._rows(query)
         flat = lse.reshape(self.num_rows, -1)
         positions = self._positions(width, query.device) if width > 1 else None
+        steps = getattr(like, "steps", None)
+        if steps is not None and width > 1:
+            positions = steps[:, -width:].repeat_interleave(self.num_kv_heads, dim=0)
         for index, segment in enumerate(self.main):
             tail = width if index == len(self.main) - 1 else 0
             if segment.longest:
                 ctx = AttendContext(like.scale, like.softcap, None, positions, tail)  # type: ignore[attr-defined]
                 measure = segment.mass if summed else segment.weights
                 yield segment, measure(self._turned(segment, rows, width), flat, ctx)
+
+    def add_mass(
+        self, name: str, query: Tensor, lse: Tensor, like: object, decay: Sequence[float], factor: float
+    ) -> None:
+        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``."""
+        if (
+            query.shape[2] == 1
+            and self._fresh
+            and self._lane is not None
+            and self._lane.accumulate(name, decay, factor)
+        ):
+            return
+        for segment, rows in self.masses(query, lse, like):
+            segment.add_to_state(name, rows, decay, factor)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
@@ -385,6 +444,7 @@ class LayerCache:
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
         other.statistics = dict(self.statistics)
+        other._lane, other._fresh = None, False
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
@@ -408,7 +468,7 @@ class LayerCache:
         n = call.query.shape[2]
         query = self._rows(call.query)
         window = call.window
-        if window is not None and n == 1 and max(self._main_lengths(), default=0) < window + (1 if tail else 0):
+        if window is not None and n == 1 and self.longest < window + (1 if tail else 0):
             window = None
         positions = None
         if window is not None or tail > 1:
@@ -478,7 +538,7 @@ class LayerCache:
     def _slide(self) -> None:
         assert self.window is not None
         room = self.window - 1
-        if max(self._main_lengths(), default=0) <= room + WINDOW_OVERRUN:
+        if self.longest <= room + WINDOW_OVERRUN:
             return
         oldest = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads) - room
         positions = torch.cat([segment.positions() for segment in self.main], dim=1)
@@ -497,4 +557,6 @@ class LayerCache:
         return [value for value in values for _ in range(self.num_kv_heads)]
 
     def _main_lengths(self) -> list[int]:
+        if len(self.main) == 1:
+            return self.main[0].lengths
         return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]

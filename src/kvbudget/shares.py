@@ -149,7 +149,7 @@ class Shares:
 
     def shares(self, b: int) -> list[int]:
         """Entries that each layer may hold in place of sequence b, over all its KV heads."""
-        if self.parts.layers is not None and self.parts.layers.measures:
+        if self.parts.layers is not None and (self.parts.layers.measures or self.parts.layers.joint):
             return self._share_out(b)
         # Without measurements all layers of a forward would find the same.
         known = (self.declared and self.declared[b], self.granted and self.granted[b])
@@ -169,7 +169,7 @@ class Shares:
             return [p * seen + f * most for p, f in zip(pinned, free, strict=True)]
         allocator = self.parts.layers or Uniform()
         measured = [row[b] if row else None for row in self.measured] or [None] * len(self.layers)
-        known = [m is not None or not allocator.measures for m in measured]
+        known = [m is not None or not (allocator.measures or allocator.joint) for m in measured]
         if not any(known):
             known = [True] * len(self.layers)
         # What a joint ranking counted are whole layers; all other weights share out what is not protected.

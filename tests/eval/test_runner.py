@@ -85,8 +85,8 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_anything(folder, tmp_pat
     before = len(results.examples())
     assert before == 8
     computed = []
-    original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
+    original = runner.Runs._fill
+    monkeypatch.setattr(runner.Runs, "_fill", lambda self, cell, *a: computed.append(cell) or original(self, cell, *a))
     lines = Bench(matrix(folder), results).run()
     assert len(computed) == 6 * 3 - before
     assert scores(lines) == scores(whole)
@@ -96,8 +96,8 @@ def test_a_finished_run_computes_nothing_and_more_budgets_only_add(folder, tmp_p
     results = ResultsFile(tmp_path / "r.jsonl")
     Bench(matrix(folder, budgets=("50%",)), results).run()
     computed = []
-    original = runner._Runs.run
-    monkeypatch.setattr(runner._Runs, "run", lambda self, cell, **o: computed.append(cell) or original(self, cell, **o))
+    original = runner.Runs._fill
+    monkeypatch.setattr(runner.Runs, "_fill", lambda self, cell, *a: computed.append(cell) or original(self, cell, *a))
     Bench(matrix(folder, budgets=("50%",)), results).run()
     assert computed == []
     Bench(matrix(folder), results).run()
@@ -119,6 +119,42 @@ def test_every_policy_can_be_measured(folder, tmp_path):
     for line in lines:
         assert len(line["layer_errors"]) == 2
         assert (line["scores"]["kl_mean"]["mean"] > 1e-6) == (line["policy"] != "full")
+
+
+def test_a_name_behind_a_minus_is_left_out(folder):
+    cells = [c for group in matrix(folder, policies=("all", "-finch", "-h2o")).groups() for c in group]
+    named = {c.policy for c in cells}
+    assert "snapkv" in named and not {"finch", "h2o"} & named
+    with pytest.raises(KVBudgetError, match="finc"):
+        list(matrix(folder, policies=("all", "-finc")).groups())
+
+
+def test_only_the_first_task_times_decoding(folder, tmp_path):
+    cells = matrix(
+        folder, policies=("knorm",), budgets=("50%",), tasks=("fidelity(tokens=8)", "recall(spans=1)"), count=1
+    )
+    lines = Bench(cells, ResultsFile(tmp_path / "r.jsonl")).run()
+    assert ["decode_tokens_per_second" in line["costs"] for line in lines] == [True, True, False, False]
+
+
+def test_a_cache_that_cannot_be_read_does_not_spoil_those_read_with_it(folder, tmp_path, monkeypatch):
+    original = runner.Runs._fill
+
+    def broken(self, cell, *a):
+        cache, costs = original(self, cell, *a)
+        if cell.policy == "random":
+            cache.broken = "layer 1"
+        return cache, costs
+
+    whole = scores(Bench(matrix(folder), ResultsFile(tmp_path / "whole.jsonl")).run())
+    monkeypatch.setattr(runner.Runs, "_fill", broken)
+    lines = Bench(matrix(folder), ResultsFile(tmp_path / "r.jsonl")).run()
+    for line in lines:
+        if line["policy"] == "random":
+            assert "CacheError" in line["error"] and not line["examples"]
+        else:
+            found = line["scores"]["log_kl"]["mean"]
+            assert found == pytest.approx(whole[line["policy"], line["budget"]]["log_kl"]["mean"], abs=1e-3)
 
 
 def test_unknown_names_are_refused_before_any_work(folder, tmp_path):

@@ -14,7 +14,13 @@ from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.moments import triangle
 from tiny import left_padded, random_text, tiny_model
 
-POLICIES = ("qfilters(recent=8)", "expected_attention_stats", "compresskv(least=8)", "snapkv(window=8)+top_theta")
+POLICIES = (
+    "qfilters(recent=8)",
+    "expected_attention_stats",
+    "compresskv(least=8)",
+    "snapkv(window=8)+top_theta",
+    "snapkv(window=8)+headkv",
+)
 
 
 def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
@@ -28,6 +34,7 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
+        "razor_attention": ({"induction": torch.rand(2, 2, generator=generator), "echo": torch.zeros(2, 2)}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},
             {"on": "weights", "k": 8, "first": 16},

@@ -20,6 +20,7 @@ SMALL = {
     "cake": "cake(window=16)",
     "adakv": "snapkv(window=16)+adakv",
     "pyramidkv": "snapkv(window=16)+pyramidkv",
+    "zigzagkv": "snapkv(window=16)+zigzagkv(window=16)",
     "kivi": "streaming_llm+kivi(residual=32)",
     "random": "random(recent=16)",
     "lagkv": "lagkv(lag=16)",

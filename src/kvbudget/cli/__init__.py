@@ -1,4 +1,4 @@
-"""The command line: kvbudget run | plan | methods | bench | report | calibrate | info | demo."""
+"""The command line: kvbudget run | plan | methods | bench | report | calibrate | tune | info | demo."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvbudget.cli.methods import methods
 from kvbudget.cli.plan import plan
 from kvbudget.cli.run import run
 from kvbudget.cli.shell import Commands
+from kvbudget.cli.tune import tune
 
 app = typer.Typer(
     cls=Commands,
@@ -32,6 +33,7 @@ app.command()(methods)
 app.command()(bench)
 app.command()(report)
 app.command()(calibrate)
+app.command()(tune)
 app.command()(info)
 app.command()(demo)
 

@@ -98,7 +98,7 @@ def report(
         from kvbudget.eval.ranking import write_ranking
         from kvbudget.eval.results import ResultsFile
 
-        write_ranking(ResultsFile(results).cells(), auto)
+        write_ranking(ResultsFile(results).report(), auto)
 
 
 def _write(results: Path, folder: Path, markdown: Path | None) -> None:

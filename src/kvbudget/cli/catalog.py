@@ -44,7 +44,7 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
 def divergences(results: Path) -> Iterator[tuple[str, str]]:
     """Method and its measured divergence by budget, for the cells in which it stands alone with its defaults or others."""
     found: dict[str, dict[str, float]] = {}
-    for cell in ResultsFile(results).cells():
+    for cell in ResultsFile(results).report():
         score = (cell.get("scores") or {}).get("log_kl")
         if cell.get("error") or score is None:
             continue

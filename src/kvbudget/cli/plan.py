@@ -34,19 +34,32 @@ def plan(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default what the checkpoint declares.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(help="Place KV heads on so many devices by the entries that they keep; loads the model.", min=0),
+    ] = 0,
+    texts: Annotated[int, typer.Option(help="Texts that --tensor-parallel measures: half to plan, half to judge.")] = 8,
+    text: Annotated[str | None, typer.Option(help="A file or folder of texts for --tensor-parallel.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Price a context length: the full cache, what each budget buys with which codec, and which fits.
 
-    No weights are loaded. A budget means here what it means in [bold]kvbudget run[/bold]: bytes of the whole batch,
-    entries per sequence and KV head, or a fraction of the entries.
+    Only --tensor-parallel loads weights. A budget means here what it means in [bold]kvbudget run[/bold]: bytes of the whole
+    batch, entries per sequence and KV head, or a fraction of the entries.
 
     [dim]$[/dim] kvbudget plan --model smollm2-135m --context 32768 --memory 512MiB
 
     [dim]$[/dim] kvbudget plan --model path/to/config.json --context 131072 --dtype bfloat16 --batch 8
 
     [dim]$[/dim] kvbudget plan --model smollm2-135m --context 8192 --budget 16MiB --budget 1024 --budget 10%
+
+    [dim]$[/dim] kvbudget plan --model smollm2-135m --context 1024 --policy snapkv+adakv --budget 20% --tensor-parallel 2
     """
+    if tensor_parallel:
+        if not budget or len(budget) > 1:
+            raise KVBudgetError("--tensor-parallel measures one policy under one budget; give one --budget")
+        _place(model, policy, budget[0], context, tensor_parallel, texts, text, dtype, json)
+        return
     table = make_plan(
         load_config(model),
         context,
@@ -93,6 +106,39 @@ def _show(plan: CapacityPlan) -> None:
     example = next((p for p in plan.purchases if p.fits is not False and p.entries == plan.context), None)
     if plan.memory is not None and example is not None:
         console.print(f"all {plan.context:,} tokens fit with --policy {example.policy!r}")
+
+
+def _place(
+    model: str,
+    policy: str,
+    budget: str,
+    context: int,
+    devices: int,
+    count: int,
+    text: str | None,
+    dtype: str | None,
+    json: bool,
+) -> None:
+    from kvbudget.eval.parallel import measure, simulate
+    from kvbudget.models import load
+
+    network, tokenizer = load(model, dtype=dtype)
+    found = simulate(measure(network, tokenizer, policy, budget, context, count, text=text), devices)
+    if json:
+        print_json(found.to_dict())
+        return
+    console = stdout()
+    console.print(
+        f"{found.layers} layers of {found.heads} KV heads on {devices} devices; a layer's longest head keeps "
+        f"{found.spread:.2f} times the mean"
+    )
+    grid = Table(
+        "placement", "copies per layer", "efficiency, profiled", "efficiency, other texts", box=box.SIMPLE_HEAD
+    )
+    for name, copies, profiled, other in found.rows:
+        grid.add_row(name, f"{copies:.1f}", f"{profiled:.1%}", f"{other:.1%}")
+    console.print(grid)
+    console.print("efficiency: mean load over that of the slowest device, layer by layer, in entries to attend to")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -79,10 +79,15 @@ class Codec(ABC):
 
     scope: ClassVar[Scope] = "entry"
     """Whether scales and the like belong to an entry, to a unit of entries or to the state of a row."""
+    calibrated: ClassVar[str] = ""
+    """The method whose calibration the codec needs, if any."""
     judges: ClassVar[bool] = False
     """Whether `judge` wants to see which entries the queries look at."""
     variable: ClassVar[bool] = False
     """Whether units differ in size: ``encode`` then also gives their bytes, one after the other, as column ``payload``."""
+
+    placed: ClassVar[bool] = True
+    """Whether `encode` looks at its place."""
 
     unit: int = 1
     residual: int = 0

@@ -32,6 +32,8 @@ class TokenQuant(Codec):
     Codes span the middle ``clip`` of a group's range; what lies outside is clamped.
     """
 
+    placed: ClassVar[bool] = False
+
     bits: int = 4
     group: int = 32
     clip: float = 1.0
@@ -66,6 +68,7 @@ class ChannelQuant(Codec):
     """One scale and zero per channel and ``unit`` consecutive entries: stored and evicted in units of that many."""
 
     scope: ClassVar[Scope] = "unit"
+    placed: ClassVar[bool] = False
 
     bits: int = 4
     unit: int = 32

@@ -1,6 +1,7 @@
 """Per-channel integer codes whose error avoids the directions that queries look along."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class SubspaceQuant(ChannelQuant):
     vectors of the queries that see the row's first coded entries, times their singular values; zeros where there are none,
     which leaves plain codes.
     """
+
+    placed: ClassVar[bool] = True
 
     weight: float = 0.001
     rank: int = 20

@@ -62,6 +62,7 @@ class External(Task):
     """
 
     headline: ClassVar[str] = "grade"
+    reads: ClassVar[bool] = False
 
     subset: str = ""
     length: int = 4096

@@ -102,7 +102,10 @@ def _task(name: str, cells: Cells) -> Iterator[str]:
     good = [c for c in cells if c["scores"]]
     headline, higher = good[0]["headline"], good[0]["higher_is_better"]
     yield from (f"## {name}", "")
-    yield f"{score_name(headline)}, {'higher' if higher else 'lower'} is better, {len(good[0]['examples'])} contexts."
+    done, asked = len(good[0]["examples"]), good[0]["count"]
+    yield f"{score_name(headline)}, {'higher' if higher else 'lower'} is better, {done} contexts."
+    if done < asked:
+        yield f"Under way: {asked} contexts are asked for."
     if full is not None and not informative(full):
         yield "Not informative: the full cache itself cannot do it."
     if full is not None and full["labeled"] and full["scores"]:
@@ -185,7 +188,7 @@ def _costs(cells: Cells) -> Iterator[str]:
             f"| {cell['policy']} | {cell['budget']} | {format_bytes(int(costs['nbytes']))} | "
             f"{costs['nbytes'] / costs['full_bytes']:.0%} | {format_bytes(int(costs['peak_bytes']))} | "
             f"{costs['prefill_seconds']:.2f} | {costs['compression_seconds']:.2f} | "
-            f"{costs['decode_tokens_per_second']:.1f} |"
+            f"{costs.get('decode_tokens_per_second', math.nan):.1f} |"
         )
     yield ""
 

@@ -46,10 +46,11 @@ class Matrix:
 
     Attributes:
         model: name, folder, hub id or GGUF file.
-        policies, budgets, tasks: texts, as on the command line. The policy ``all`` stands for `every_policy`. A task may
-            carry ``@visible``, which puts the question into the text that is compressed (``needle(length=2048)@visible``).
+        policies, budgets, tasks: texts, as on the command line. The policy ``all`` stands for `every_policy`, and
+            ``-finch`` leaves one out. A task may carry ``@visible``, which puts the question into the text that is compressed (``needle(length=2048)@visible``).
         length: tokens per context, for tasks that do not name their own. count: contexts per cell. seed: of every example.
         dtype: of the model. text: a file or folder of texts for contexts (None: what is at hand).
+        decode_speed: measure it, on the first context of the first task.
     """
 
     model: str = "smollm2-135m"
@@ -61,6 +62,7 @@ class Matrix:
     seed: int = 0
     dtype: str = "float32"
     text: str | None = None
+    decode_speed: bool = True
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Matrix:
@@ -91,12 +93,19 @@ class Matrix:
                 raise KVBudgetError(f"task {task!r}: after @ only 'visible' is known")
             name = self._task(name)
             cells = [self._cell("full", "full", name, bool(mode))]
-            for policy in (p for text in self.policies for p in (every_policy() if text == "all" else [text])):
+            for policy in self._chosen():
                 for budget in self._budgets(policy):
                     cell = self._cell(policy, budget, name, bool(mode))
                     if cell not in cells:
                         cells.append(cell)
             yield cells
+
+    def _chosen(self) -> list[str]:
+        left_out = {text[1:] for text in self.policies if text.startswith("-")}
+        named = [text for text in self.policies if not text.startswith("-")]
+        for name in left_out:
+            parse(name)
+        return [p for text in named for p in (every_policy() if text == "all" else [text]) if p not in left_out]
 
     def _task(self, text: str) -> str:
         """The task's text with the matrix's length and text filled in where the task takes them and names none."""

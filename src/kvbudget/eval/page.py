@@ -75,7 +75,7 @@ def write_report(results: Path, folder: Path, markdown: Path | None = None) -> P
 
     The leaderboard is also written to ``markdown``.
     """
-    cells = ResultsFile(results).cells()
+    cells = ResultsFile(results).report()
     if not cells:
         raise KVBudgetError(f"{str(results)!r} holds no finished cell; run kvbudget bench --results {results} first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +159,7 @@ def _row(cell: dict[str, Any], cells: Cells, weak: bool) -> str:
     rivals = [c for c in cells if title(c) == title(cell) and c["budget"] == cell["budget"] and c["scores"]]
     mark = excess(cell) or against_best(cell, best_of(rivals)) if cell["budget"] != "full" else ""
     mean, low, high = (shown(headline, score[part]) for part in ("mean", "low", "high"))
+    speed = costs.get("decode_tokens_per_second")
     values = [
         *((html.escape(name), None) for name in names[:2]),
         (cell["budget"], share),
@@ -170,7 +171,7 @@ def _row(cell: dict[str, Any], cells: Cells, weak: bool) -> str:
         (format_bytes(int(costs["peak_bytes"])), costs["peak_bytes"]),
         (f"{costs['prefill_seconds']:.2f}", costs["prefill_seconds"]),
         (f"{costs['compression_seconds']:.2f}", costs["compression_seconds"]),
-        (f"{costs['decode_tokens_per_second']:.1f}", costs["decode_tokens_per_second"]),
+        ("" if speed is None else f"{speed:.1f}", speed or 0.0),
     ]
     tds = "".join(f"<td>{t}</td>" if v is None else f'<td data-value="{v}">{t}</td>' for t, v in values)
     others = ", ".join(f"{name} {found['mean']:.3g}" for name, found in cell["scores"].items())

@@ -11,7 +11,7 @@ from typing import Any
 from kvbudget.budget import Budget
 from kvbudget.eval.leaderboard import commands, excess
 from kvbudget.eval.results import informative, title
-from kvbudget.eval.stats import bootstrap
+from kvbudget.eval.stats import bootstrap_over
 
 Cells = Sequence[dict[str, Any]]
 
@@ -51,18 +51,15 @@ def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
         if not cell["error"] and not excess(cell):
             values = [utility(cell, example["scores"]) for example in cell["examples"]]
             found.setdefault(cell["policy"], {})[title(cell)] = values
-    # Contexts of the same number are averaged over tasks, so that every task weighs the same.
-    rows = {
-        policy: [sum(values) / len(values) for values in zip(*by_task.values(), strict=False)]
-        for policy, by_task in found.items()
-        if set(by_task) == tasks
-    }
-    ranked = sorted(rows, key=lambda policy: -sum(rows[policy]) / len(rows[policy]))
+    whole = {policy: by_task for policy, by_task in found.items() if set(by_task) == tasks}
+    means = {policy: bootstrap_over(list(by_task.values())).mean for policy, by_task in whole.items()}
+    ranked = sorted(means, key=lambda policy: -means[policy])
     table = {}
     for policy in ranked:
-        behind = bootstrap([best - own for best, own in zip(rows[ranked[0]], rows[policy], strict=True)])
-        mean = sum(rows[policy]) / len(rows[policy])
-        table[policy] = {"utility": round(mean, 4), "behind": [round(behind.low, 4), round(behind.high, 4)]}
+        # The same contexts, task by task; every task weighs the same, however many contexts it has.
+        pairs = [zip(whole[ranked[0]][task], whole[policy][task], strict=True) for task in sorted(tasks)]
+        behind = bootstrap_over([[best - own for best, own in pair] for pair in pairs])
+        table[policy] = {"utility": round(means[policy], 4), "behind": [round(behind.low, 4), round(behind.high, 4)]}
     return table
 
 

@@ -31,9 +31,8 @@ def true_bits(cache: KVCache) -> float:
         if isinstance(layer, AttentionLayer):
             for segment in layer.store.segments:
                 if segment.longest:
-                    width = segment.row_keys(0, 0, 0).shape[-1] + segment.values().shape[-1]
                     bits += 8 * stored_bytes(segment)
-                    elements += sum(segment.lengths) * width
+                    elements += sum(segment.lengths) * _width(segment)
     return bits / max(elements, 1)
 
 
@@ -59,10 +58,15 @@ def expected_bits(codec: Codec, width: int, entries: int, itemsize: int) -> floa
 
 
 def measure(
-    model: PreTrainedModel, recording: Recording, policy: str, continuation: Tensor, full: Tensor
+    model: PreTrainedModel,
+    recording: Recording,
+    policy: str,
+    continuation: Tensor,
+    full: Tensor,
+    budget: int | str | None = None,
 ) -> tuple[float, Fidelity]:
     """True bits after the recorded context under a policy, and how its next-token logits differ from ``full [n, V]``."""
-    cache = replay(recording, KVCache(model, policy))
+    cache = replay(recording, KVCache(model, policy, budget))
     logits = continuation_logits(model, cache, recording.logits, continuation)
     return true_bits(cache), compare_logits(full, logits, continuation[0])
 
@@ -82,6 +86,13 @@ def codecs(model: PreTrainedModel) -> list[str]:
                 continue
             found.append(policy)
     return list(dict.fromkeys(found))
+
+
+def _width(segment: Segment) -> int:
+    """Channels of a key and a value."""
+    if isinstance(segment, QuantizedSegment):
+        return sum(store.tail.columns["data"].shape[-1] for store in (segment.key, segment.value))
+    return sum(segment.meta.columns[name].shape[-1] for name in ("key", "value"))
 
 
 def _cells(table: RaggedTable, names: tuple[str, ...]) -> float:

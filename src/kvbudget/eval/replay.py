@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvbudget.cache import AttentionLayer, KVCache
 from kvbudget.errors import CacheError
-from kvbudget.layer import AttentionCall
+from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.view import Queries, View
 
 
@@ -26,6 +27,17 @@ class Recording:
     calls: dict[int, AttentionCall]
     lse: dict[int, Tensor]
     logits: Tensor
+
+    def first(self, tokens: int) -> Recording:
+        """What was asked of the layers up to that token, which what follows has no part in; the logits are not its own."""
+        calls = {
+            index: replace(
+                call, query=call.query[:, :, :tokens], key=call.key[:, :, :tokens], value=call.value[:, :, :tokens]
+            )
+            for index, call in self.calls.items()
+        }
+        lse = {index: sums[:, :, :tokens] for index, sums in self.lse.items()}
+        return Recording(self.ids[:, :tokens], calls, lse, self.logits)
 
 
 @torch.inference_mode()
@@ -51,21 +63,56 @@ def record(model: PreTrainedModel, ids: Tensor) -> Recording:
     return Recording(ids, calls, lse, logits)
 
 
+@dataclass
+class Observed:
+    """A policy's layers with their statistics, before anything has left, and the ``seconds`` that these took.
+
+    Caches of the policy that differ in their budgets alone may share it: the first fills it, the others begin from it.
+    ``sizes`` are the bytes of a layer's entries with the spare room that a fork gives back.
+    """
+
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 @torch.inference_mode()
-def replay(recording: Recording, cache: KVCache) -> KVCache:
+def replay(recording: Recording, cache: KVCache, observed: Observed | None = None) -> KVCache:
     """Fills an empty cache from a recording; it then stands where a one-pass prefill would have left it."""
     new = recording.ids.shape[1]
     cache.enforcer.check(1)
     cache.enforcer.admit([new])
     for index, layer in enumerate(cache.layers):
-        call = recording.calls[index]
-        layer.store.append(call.key, call.value, None)
-        layer.columns = new
-        cache.peak_bytes = max(cache.peak_bytes, cache.nbytes)
+        call, begin = recording.calls[index], time.perf_counter()
+        known = None if observed is None else observed.layers.get(index)
+        if known is None:
+            layer.store.append(call.key, call.value, None)
+            layer.columns = new
+        else:
+            adopt(cache, index, known)
+        spare = 0 if known is None else observed.sizes[index] - layer.store.nbytes()
+        cache.peak_bytes = max(cache.peak_bytes, cache.nbytes + spare)
         if index in cache._at:
-            queries = Queries(call.query, recording.lse[index], call.scale, call.softcap)
-            cache.enforcer.after_attention(cache._at[index], View(layer.store, queries))
+            view = View(layer.store, Queries(call.query, recording.lse[index], call.scale, call.softcap))
+            if known is None:
+                size = layer.store.nbytes()
+                cache.enforcer.observe(cache._at[index], view)
+                if observed is not None:
+                    observed.sizes[index] = size
+                    observed.layers[index] = layer.store.fork()
+                    observed.seconds += time.perf_counter() - begin
+            cache.enforcer.act(cache._at[index], view)
         else:
             layer.store.finish_forward()
     cache.enforcer.filled = True
     return cache
+
+
+def adopt(cache: KVCache, index: int, store: LayerCache) -> None:
+    """Lets layer ``index`` of a cache begin from a fork of what another cache of the same policy holds there."""
+    layer = cache.layers[index]
+    twin = store.fork()
+    twin.hard = layer.store.hard
+    layer.store, layer.columns = twin, twin.seen[0]
+    if index in cache._at:
+        cache.enforcer.layers[cache._at[index]] = twin

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbudget.errors import KVBudgetError
+from kvbudget.eval.stats import bootstrap
 
 # A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
 INFORMATIVE = 0.5
@@ -19,7 +20,7 @@ INFORMATIVE = 0.5
 class ResultsFile:
     """``path`` holds a line per finished cell; ``path.journal`` a line per example until its cell is finished.
 
-    Every line is written and flushed whole, so a kill loses at most the example that was being computed. A line cut off
+    Every line is written and flushed whole, so a kill loses at most the examples that were being computed. A line cut off
     by a kill is passed over.
     """
 
@@ -32,6 +33,24 @@ class ResultsFile:
     def cells(self) -> list[dict[str, Any]]:
         """Finished cells in the order in which they finished; a cell that was run again counts with its last result."""
         return list({line["key"]: line for line in _lines(self.path)}.values())
+
+    def report(self) -> list[dict[str, Any]]:
+        """As `cells`, and of tasks of which no cell has finished yet the contexts that all their cells have, from two on."""
+        cells = self.cells()
+        finished = {title(cell) for cell in cells}
+        under_way: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for line in self.examples().values():
+            task = title(line["cell"])
+            if task not in finished:
+                under_way.setdefault(task, {}).setdefault(line["key"], []).append(line)
+        for by_key in under_way.values():
+            common = set.intersection(*({line["example"] for line in lines} for lines in by_key.values()))
+            if len(common) > 1:
+                cells += [
+                    summary(key, lines[0]["cell"], [line for line in lines if line["example"] in common])
+                    for key, lines in by_key.items()
+                ]
+        return cells
 
     def examples(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Example results by cell key and number."""
@@ -52,6 +71,32 @@ class ResultsFile:
     def drop_journal(self) -> None:
         """Removes the journal once every cell is finished."""
         self.journal.unlink(missing_ok=True)
+
+
+def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means by name; a name may be missing from some rows."""
+    named = {name: [row[name] for row in rows if name in row] for name in rows[0]}
+    return {name: sum(values) / len(values) for name, values in named.items()}
+
+
+def summary(
+    key: str, about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], error: str | None = None
+) -> dict[str, Any]:
+    """The line of a cell from those of its examples; ``about`` are its fields and what its task says of its scores."""
+    scores = {}
+    for name in lines[0]["scores"] if lines else ():
+        interval = bootstrap([line["scores"][name] for line in lines], seed=about["seed"])
+        scores[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return {
+        "key": key,
+        **about,
+        "scores": scores,
+        "costs": mean([line["costs"] for line in lines]) if lines else {},
+        "examples": [{"scores": line["scores"], "info": line["info"]} for line in lines],
+        "kept": lines[0].get("kept", []) if lines else [],
+        "layer_errors": lines[0].get("layer_errors", []) if lines else [],
+        "error": error,
+    }
 
 
 def title(cell: dict[str, Any]) -> str:

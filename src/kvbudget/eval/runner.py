@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,16 +17,18 @@ from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError
 from kvbudget.eval import tasks
 from kvbudget.eval.fidelity import attention_calls, attention_errors
+from kvbudget.eval.filling import Filler
 from kvbudget.eval.matrix import Cell, Matrix
-from kvbudget.eval.replay import Recording, record, replay
-from kvbudget.eval.results import ResultsFile
-from kvbudget.eval.stats import bootstrap
-from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, visible_form
+from kvbudget.eval.replay import record, replay
+from kvbudget.eval.results import ResultsFile, mean, summary
+from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, read_together, visible_form
 from kvbudget.layer import AttentionCall
 from kvbudget.models import load
 
 Progress = Callable[[int, int, str], None]
 DECODE_STEPS = 8
+# Caches that are read in one forward; more hold more memory and gain little.
+TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -57,31 +59,43 @@ class Bench:
         """Runs groups of cells that share their contexts."""
         done, total = 0, sum(len(group) * group[0].count for group in groups)
         known = self.results.examples()
+        first = next(self.matrix.groups())[0]
         for group in groups:
             task = tasks.parse(group[0].task)
             lines: dict[str, list[dict[str, Any]]] = {cell.key: [] for cell in group}
+            about = {cell.key: _about(cell, task) for cell in group}
             errors: dict[str, str] = {}
+            is_first = (group[0].task, group[0].visible) == (first.task, first.visible)
+            timed = is_first and self.matrix.decode_speed
             for number, example in enumerate(task.examples(tokenizer, group[0].count, group[0].seed)):
-                runs = _Runs(model, tokenizer, task, example, visible=group[0].visible)
-                for cell in group:
-                    line = known.get((cell.key, number))
-                    if line is None and cell.key not in errors:
-                        try:
-                            line = {"key": cell.key, "example": number, **runs.run(cell, first=number == 0)}
+                runs = Runs(model, tokenizer, task, example, group[0].visible, first=not number, timed=timed)
+                for begin in range(0, len(group), TOGETHER):
+                    cells = group[begin : begin + TOGETHER]
+                    missing = [c for c in cells if (c.key, number) not in known and c.key not in errors]
+                    found = runs.run(missing)
+                    for cell in cells:
+                        line = known.get((cell.key, number))
+                        result = found.get(cell.key)
+                        if isinstance(result, Exception):
+                            errors[cell.key] = f"{type(result).__name__}: {result}"
+                        elif result is not None:
+                            line = {"key": cell.key, "example": number, **result, "cell": about[cell.key]}
                             self.results.add_example(line)
-                        except Exception as error:  # whatever a policy does wrong, the other cells go on
-                            errors[cell.key] = f"{type(error).__name__}: {error}"
-                    if line is not None:
-                        lines[cell.key].append(line)
-                    done += 1
-                    if self.progress is not None:
-                        self.progress(done, total, f"{task.name}: {cell.policy} {cell.budget}")
+                        if line is not None:
+                            lines[cell.key].append(line)
+                        done += 1
+                        if self.progress is not None:
+                            self.progress(done, total, f"{task.name}: {cell.policy} {cell.budget}")
             for cell in group:
-                self.results.add_cell(_summary(cell, task, lines[cell.key], errors.get(cell.key)))
+                self.results.add_cell(summary(cell.key, about[cell.key], lines[cell.key], errors.get(cell.key)))
 
 
-class _Runs:
-    """One example through many policies: each of its contexts is recorded once and replayed into every cache."""
+class Runs:
+    """One example through many policies: each of its contexts is recorded once and replayed into every cache.
+
+    The ``first`` example also gives what need not be measured often: kept entries ``[layer][head]``, where ``timed`` the
+    decode speed, and for tasks that ask for it the error of each layer's attention output.
+    """
 
     def __init__(
         self,
@@ -89,44 +103,76 @@ class _Runs:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         example: Example,
-        *,
         visible: bool,
+        *,
+        first: bool,
+        timed: bool,
     ) -> None:
         self.model, self.tokenizer, self.task, self.example, self.visible = model, tokenizer, task, example, visible
+        self.first, self.timed = first, timed
         self.contexts = list(self._contexts())
-        self.recordings: dict[int, tuple[Recording | None, float]] = {}
+        self.fillers: dict[int, tuple[Filler | None, float]] = {}
+        self.fulls: dict[int, KVCache] = {}
         self.full: dict[tuple[int, int], Reading] = {}
         self.calls: dict[int, AttentionCall] = {}
 
-    def run(self, cell: Cell, *, first: bool) -> dict[str, Any]:
-        """Scores and costs of one cell at this example, averaged over probes.
-
-        The ``first`` example also gives what need not be measured often: decode speed, kept entries ``[layer][head]``, and
-        for tasks that ask for it the error of each layer's attention output.
-        """
-        scores: list[dict[str, float]] = []
-        costs: list[dict[str, float]] = []
-        details: dict[str, Any] = {}
+    def run(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any] | Exception]:
+        """Scores and costs at this example by key of the cell, averaged over probes, or what went wrong with it."""
+        scores: dict[str, list[dict[str, float]]] = {cell.key: [] for cell in cells}
+        costs: dict[str, list[dict[str, float]]] = {cell.key: [] for cell in cells}
+        details: dict[str, dict[str, Any]] = {cell.key: {} for cell in cells}
+        failed: dict[str, Exception] = {}
         for index, (context, probes) in enumerate(self.contexts):
-            cache, costing = self._fill(cell, index, context)
-            cache.question_visible = self.visible
-            report = cache.report()
-            costing |= {
-                "nbytes": report.nbytes,
-                "peak_bytes": report.peak_bytes,
-                "full_bytes": report.full_bytes,
-                "kept_share": report.kept_entries / max(report.seen_entries, 1),
-            }
-            if first and not index:
-                costing["decode_tokens_per_second"] = self._decode_speed(cache, context)
-                details["kept"] = [layer[0] for layer in report.kept]
-                if self.task.diagnose:
-                    details["layer_errors"] = self._layer_errors(cache, context, probes[0])
-            costs.append(costing)
+            caches: dict[str, KVCache] = {}
+            for cell in cells:
+                if cell.key not in failed:
+                    try:
+                        cache, costing = self._fill(cell, index, context)
+                        if self.first and not index:
+                            details[cell.key] = self._details(cache, costing, context, probes[0])
+                        caches[cell.key] = cache
+                        costs[cell.key].append(costing)
+                    except Exception as error:  # whatever a policy does wrong, the other cells go on
+                        failed[cell.key] = error
             for number, probe in enumerate(probes):
-                full = self._full(index, number, probe)
-                scores.append(self.task.ask(self.model, self.tokenizer, cache, probe, full).scores)
-        return {"scores": _mean(scores), "costs": _mean(costs), "info": dict(self.example.info), **details}
+                for key, found in self._ask(caches, probe, index, number).items():
+                    if isinstance(found, Exception):
+                        failed.setdefault(key, found)
+                    else:
+                        scores[key].append(found)
+        info = dict(self.example.info)
+        return {
+            cell.key: failed.get(cell.key)
+            or {"scores": mean(scores[cell.key]), "costs": mean(costs[cell.key]), "info": info, **details[cell.key]}
+            for cell in cells
+        }
+
+    def _ask(
+        self, caches: dict[str, KVCache], probe: Probe, index: int, number: int
+    ) -> dict[str, dict[str, float] | Exception]:
+        """The scores of one probe: all caches are read in one forward where that works, and else one by one."""
+        full = self._full(index, number, probe) if caches else None
+        if self.task.reads and len(caches) > 1:
+            try:
+                readings = read_together(self.model, list(caches.values()), probe)
+                return {key: self.task.score(mine, full) for key, mine in zip(caches, readings, strict=True)}
+            except Exception:  # one of them cannot do it; asked alone, it says so
+                pass
+        found: dict[str, dict[str, float] | Exception] = {}
+        for key, cache in caches.items():
+            try:
+                found[key] = self.task.ask(self.model, self.tokenizer, cache, probe, full).scores
+            except Exception as error:
+                found[key] = error
+        return found
+
+    def _details(self, cache: KVCache, costing: dict[str, float], context: Tensor, probe: Probe) -> dict[str, Any]:
+        if self.timed:
+            costing["decode_tokens_per_second"] = self._decode_speed(cache, context)
+        details: dict[str, Any] = {"kept": [layer[0] for layer in cache.report().kept]}
+        if self.task.diagnose:
+            details["layer_errors"] = self._layer_errors(cache, context, probe)
+        return details
 
     def _contexts(self) -> Iterator[tuple[Tensor, list[Probe]]]:
         if not self.visible:
@@ -139,24 +185,33 @@ class _Runs:
     def _fill(self, cell: Cell, index: int, context: Tensor) -> tuple[KVCache, dict[str, float]]:
         budget = None if cell.budget == "full" else cell.budget
         cache = KVCache(self.model, cell.policy, budget, max_length=context.numel())
-        recording, prefill = self._recording(index, context)
-        begin = time.perf_counter()
-        if recording is None or not cache.parts.replayable:
+        filler, prefill = self._filler(index, context)
+        if filler is None or not cache.parts.replayable:
+            begin = time.perf_counter()
             cache.prefill(self.model, context[None], tokenizer=self.tokenizer)
             spent = time.perf_counter() - begin
-            return cache, {"prefill_seconds": prefill or spent, "compression_seconds": max(0.0, spent - prefill)}
-        replay(recording, cache)
-        return cache, {"prefill_seconds": prefill, "compression_seconds": time.perf_counter() - begin}
+            costing = {"prefill_seconds": prefill or spent, "compression_seconds": max(0.0, spent - prefill)}
+        else:
+            costing = {"prefill_seconds": prefill, "compression_seconds": filler.fill(cache)}
+        cache.question_visible = self.visible
+        report = cache.report()
+        return cache, costing | {
+            "nbytes": report.nbytes,
+            "peak_bytes": report.peak_bytes,
+            "full_bytes": report.full_bytes,
+            "kept_share": report.kept_entries / max(report.seen_entries, 1),
+        }
 
-    def _recording(self, index: int, context: Tensor) -> tuple[Recording | None, float]:
-        if index not in self.recordings:
+    def _filler(self, index: int, context: Tensor) -> tuple[Filler | None, float]:
+        """What fills caches with a context, and the seconds of the recorded prefill; None where none can be recorded."""
+        if index not in self.fillers:
             begin = time.perf_counter()
             try:
-                recording = record(self.model, context[None])
-                self.recordings[index] = (recording, time.perf_counter() - begin)
+                filler = Filler(self.model, self.tokenizer, record(self.model, context[None]))
+                self.fillers[index] = (filler, time.perf_counter() - begin)
             except CacheError:
-                self.recordings[index] = (None, 0.0)
-        return self.recordings[index]
+                self.fillers[index] = (None, 0.0)
+        return self.fillers[index]
 
     def _full(self, index: int, number: int, probe: Probe) -> Reading:
         """The full cache's reading of a probe, which distances are measured from."""
@@ -166,14 +221,16 @@ class _Runs:
         return self.full[index, number]
 
     def _full_cache(self, index: int) -> KVCache:
-        context = self.contexts[index][0]
-        recording, _ = self._recording(index, context)
-        cache = KVCache(self.model, "full")
-        if recording is None:
-            cache.prefill(self.model, context[None])
-        else:
-            replay(recording, cache)
-        return cache
+        if index not in self.fulls:
+            context = self.contexts[index][0]
+            filler, _ = self._filler(index, context)
+            cache = KVCache(self.model, "full")
+            if filler is None:
+                cache.prefill(self.model, context[None])
+            else:
+                replay(filler.recording, cache)
+            self.fulls[index] = cache
+        return self.fulls[index]
 
     def _layer_errors(self, cache: KVCache, context: Tensor, probe: Probe) -> list[float]:
         full = self._full_cache(0)
@@ -192,30 +249,14 @@ class _Runs:
         return 1.0 / sorted(times)[len(times) // 2]
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means by name; a name may be missing from some rows."""
-    named = {name: [row[name] for row in rows if name in row] for name in rows[0]}
-    return {name: sum(values) / len(values) for name, values in named.items()}
-
-
-def _summary(cell: Cell, task: Task, lines: list[dict[str, Any]], error: str | None) -> dict[str, Any]:
-    means = {}
-    for name in lines[0]["scores"] if lines else ():
-        interval = bootstrap([line["scores"][name] for line in lines], seed=cell.seed)
-        means[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+def _about(cell: Cell, task: Task) -> dict[str, Any]:
+    """What a cell is, as plain data."""
     return {
-        "key": cell.key,
         **asdict(cell),
         "headline": task.headline,
         "higher_is_better": task.higher_is_better,
         "labeled": task.labeled,
         "chance": task.chance,
-        "scores": means,
-        "costs": _mean([line["costs"] for line in lines]) if lines else {},
-        "examples": [{"scores": line["scores"], "info": line["info"]} for line in lines],
-        "kept": lines[0].get("kept", []) if lines else [],
-        "layer_errors": lines[0].get("layer_errors", []) if lines else [],
-        "error": error,
         "versions": {name: version(name) for name in ("kvbudget", "torch", "transformers")}
         | {"python": platform.python_version()},
     }

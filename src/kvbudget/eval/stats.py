@@ -35,6 +35,22 @@ def bootstrap(values: Sequence[float], *, confidence: float = 0.95, draws: int =
     return Interval(float(x.mean()), float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail)))
 
 
+def bootstrap_over(
+    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean of the groups' means, each group drawn anew from its own values; every group weighs the same.
+
+    >>> bootstrap_over([[1.0, 1.0, 1.0], [0.0]])
+    Interval(mean=0.5, low=0.5, high=0.5)
+    """
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(group, dtype=float) for group in groups]
+    means = np.mean([x[rng.integers(0, x.size, (draws, x.size))].mean(1) for x in arrays], axis=0)
+    tail = (1 - confidence) / 2
+    mean = float(np.mean([x.mean() for x in arrays]))
+    return Interval(mean, float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail)))
+
+
 def compare(
     one: Sequence[float], other: Sequence[float], *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[str, Interval]:

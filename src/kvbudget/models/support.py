@@ -4,7 +4,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -64,7 +64,7 @@ def check_supported(model: PreTrainedModel | PreTrainedConfig) -> None:
             modules = (
                 _module_classes(model_class) if isinstance(model, PreTrainedConfig) else map(type, model.modules())
             )
-            reason = _attention_flaw(modules)
+            reason = _attention_flaw(tuple(dict.fromkeys(modules)))
     if reason is not None:
         raise UnsupportedModel(f"{name} cannot be served: {reason}")
 
@@ -123,10 +123,11 @@ def _module_classes(model_class: type) -> list[type]:
     ]
 
 
-def _attention_flaw(classes: Iterable[type]) -> str | None:
+@lru_cache
+def _attention_flaw(classes: tuple[type, ...]) -> str | None:
     """Why one of the module classes mishandles the cache, or None; also when none of them uses a cache."""
     uses_cache = False
-    for module_class in dict.fromkeys(classes):
+    for module_class in classes:
         for method in _cache_methods(module_class):
             uses_cache = True
             flaw = _method_flaw(method)

@@ -37,6 +37,7 @@ Role = Literal[
     "trigger",
     "plan",
     "protect",
+    "thinning",
 ]
 
 
@@ -95,7 +96,11 @@ class LayerAllocator(Part, ABC):
 
     measures: ClassVar[bool] = False
     joint: ClassVar[bool] = False
-    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward."""
+    """Entries of all layers compete (`rank`), so evictions wait for the end of a forward, or of a round (`ends_round`)."""
+
+    def ends_round(self, index: int) -> bool:
+        """Whether a ``joint`` allocator ranks and evicts after layer ``index`` too: the layers so far share the total."""
+        return False
 
     def rank(self, scores: Sequence[Tensor], total: int) -> list[float]:
         """Entries of one sequence that each layer may keep of ``total``, from all layers' ``scores[l] [Hkv, T_l]``.
@@ -140,6 +145,10 @@ class HeadAllocator(Part, ABC):
     def pinned(self, layer_idx: int) -> tuple[int, ...]:
         """KV heads of one layer of the model that keep everything."""
         return ()
+
+    def of_layer(self, layer_idx: int) -> HeadAllocator:
+        """The allocator for one layer of the model, where layers differ."""
+        return self
 
     def most(self, seen: int) -> int:
         """Entries that a head that is not pinned keeps at most, of ``seen`` tokens."""
@@ -194,34 +203,40 @@ class Granularity(Part):
 
 @dataclass(frozen=True)
 class Evicted:
-    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``."""
+    """What leaves a layer in one eviction, flat in row order: ``key, value [N, D]``, ``position, score [N]``, counts ``[R]``.
+
+    ``count [N]`` are the entries that each stands for, where the layer keeps such a column; ``kept_score`` are the scores of
+    what stays, flat in row order.
+    """
 
     key: Tensor
     value: Tensor
     position: Tensor
     score: Tensor
     counts: list[int]
+    count: Tensor | None = None
+    kept_score: Tensor | None = None
 
     @classmethod
-    def join(cls, pieces: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, list[int]]]) -> Evicted:
-        """Joins what left several segments of a layer, each flat in row order, row by row."""
-        if len(pieces) == 1:
-            return cls(*pieces[0])
-        counts = [sum(rows) for rows in zip(*(piece[4] for piece in pieces), strict=True)]
+    def join(cls, pieces: Sequence[tuple[Sequence[Tensor], list[int]]], kept_score: Tensor | None = None) -> Evicted:
+        """Joins what left several segments of a layer, row by row: key, value, position, score and count, if there is one."""
+        counts = [sum(rows) for rows in zip(*(piece[1] for piece in pieces), strict=True)]
         columns = []
-        for index in range(4):
-            parts = [torch.split(piece[index], piece[4]) for piece in pieces]  # type: ignore[arg-type]
+        for index in range(len(pieces[0][0])):
+            parts = [torch.split(piece[0][index], piece[1]) for piece in pieces]
             columns.append(torch.cat([part[r] for r in range(len(counts)) for part in parts]))
-        key, value, position, score = columns
-        return cls(key, value, position, score, counts)
+        key, value, position, score, *count = columns
+        return cls(key, value, position, score, counts, count[0] if count else None, kept_score)
 
 
 @dataclass(frozen=True)
 class Destination(Part, ABC):
     """What happens to entries that are not kept in place. It may hold segments of its own in front of the layer's."""
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Extra per-entry columns (float32) that the destination keeps with the layer's entries, such as ``count``."""
+        return ()
 
     def entry_bytes(self, key_dim: int, value_dim: int) -> float:
         """Bytes of one entry in the destination's own segments; 0 when their size does not grow with their number."""
@@ -320,6 +335,7 @@ class Parts:
     Entries that score below ``threshold`` leave even where the budget has room for them (None: only what exceeds it leaves).
     ``position_mode``: keys keep their ``original`` positions, or positions are those inside of the cache, either by turning
     the queries for the sinks (``cache``, for sinks and a recent window) or by moving keys as others leave (``moved``).
+    With ``thinning``, tokens of a prompt that a layer evicts right away take no part in the attention of the layers above.
     """
 
     scorer: Scorer | None = None
@@ -336,6 +352,7 @@ class Parts:
     plan: Plan | None = None
     protect: Protect = Protect()
     position_mode: Literal["original", "cache", "moved"] = "original"
+    thinning: bool = False
 
     @property
     def uses_marks(self) -> bool:
@@ -344,9 +361,8 @@ class Parts:
 
     @property
     def replayable(self) -> bool:
-        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own would be asked."""
-        reads_all = self.selector is None or not self.selector.prefill
-        return self.plan is None and reads_all and not self.uses_marks
+        """Whether what the full cache's prefill was asked, recorded once, is what this policy's own begins with."""
+        return not self.thinning and (self.selector is None or not self.selector.prefill)
 
 
 class Recipe:

@@ -13,6 +13,7 @@ import yaml
 
 from kvbudget.errors import PolicyError, nearest
 from kvbudget.policy.base import Parts, Protect, Recipe
+from kvbudget.policy.scorers.shared import Shared
 from kvbudget.policy.scorers.staged import Staged
 
 
@@ -92,6 +93,8 @@ class Policy:
                 else:
                     if role not in filled:
                         filled[role], by[role] = part, recipe.name
+        if "thinning" in filled and "scorer" in filled and not filled["scorer"].aligned:
+            filled["scorer"], by["scorer"] = Shared(filled["scorer"]), by["thinning"]
         if "heads" in filled and "scorer" in filled and filled["scorer"].aligned:
             raise PolicyError(
                 f"{by['scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to share out; "

@@ -27,6 +27,7 @@ class Queries:
 
     ``query [B, Hq, n, D]``, ``lse [B, Hq, n]`` float32, ``valid [B, n]`` bool or None when no row is padded. ``own`` is the
     part of ``lse`` that does not stem from held entries (set in the extra passes of a plan, whose tokens are not held).
+    ``steps [B, n]`` are their positions where they do not follow each other (then padding is on the left).
     """
 
     query: Tensor
@@ -35,6 +36,7 @@ class Queries:
     softcap: float | None = None
     valid: Tensor | None = None
     own: Tensor | None = None
+    steps: Tensor | None = None
 
     def last(self, count: int | None) -> tuple[Tensor, Tensor]:
         """The newest ``count`` queries of each sequence, right-aligned: ``[B, Hq, W, D]`` and lse ``[B, Hq, W]``.
@@ -157,24 +159,33 @@ class View:
         return found
 
     def add_mass(
-        self, name: str, last: int | None = None, decay: Sequence[float] | None = None, group: Reduction = "mean"
+        self,
+        name: str,
+        last: int | None = None,
+        decay: Sequence[float] | None = None,
+        group: Reduction = "mean",
+        weights: Tensor | None = None,
     ) -> None:
         """Adds the attention that entries received from the newest ``last`` queries (None: all) to a state column.
 
         Weights are those of the softmax over everything the layer holds, summed over queries, then reduced over the GQA
-        group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1).
+        group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1). ``weights`` are those of the queries,
+        of which the newest has the last.
         """
         queries = self._asked()
         query, lse = queries.last(last)
+        if weights is not None:
+            lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // self.num_kv_heads
         rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
-        parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
-        masses = [list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in parts]
-        for found in zip(*masses, strict=True):
-            segment, rows = found[0]
-            if len(found) > 1:
-                rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
-            segment.add_to_state(name, rows, rows_decay, 1 / members if group == "mean" else 1.0)
+        if group != "max" or members == 1:
+            factor = 1 / members if group == "mean" else 1.0
+            self.layer.add_mass(name, query, lse, queries, rows_decay, factor)
+            return
+        each = [slice(g, None, members) for g in range(members)]
+        for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
+            rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
+            found[0][0].add_to_state(name, rows, rows_decay)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.
@@ -185,11 +196,18 @@ class View:
         query, lse = queries.last(last)
         width, parts = query.shape[2], []
         for segment, rows in self.layer.masses(query, lse, queries, summed=False):
-            padded = query.new_zeros(len(rows), len(rows[0]), segment.longest, dtype=torch.float32)
-            for cells, row in zip(padded, rows, strict=True):
-                cells[:, : row.shape[1]] = row
-            parts.append(padded.unflatten(1, (-1, width)))
+            parts.append(_padded(rows, segment.longest).unflatten(1, (-1, width)))
         return self._heads(torch.cat(parts, dim=-1))
+
+    def mass(self, last: int | None = None) -> Tensor:
+        """Attention that entries receive from the newest ``last`` queries (None: all): float32 ``[B, Hkv, T]``.
+
+        Summed over queries, mean over the GQA group; what `add_mass` adds to a state.
+        """
+        queries = self._asked()
+        query, lse = queries.last(last)
+        parts = [_padded(rows, segment.longest) for segment, rows in self.layer.masses(query, lse, queries)]
+        return self._heads(torch.cat(parts, dim=-1)) * (self.num_kv_heads / query.shape[1])
 
     def attention_rows(self, last: int | None = None, block: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`window_attention` of the newest ``last`` queries (None: all), in blocks of ``block`` queries (0: a few MiB each).
@@ -234,6 +252,8 @@ class View:
 
     def _steps(self, width: int) -> Tensor:
         device = self._asked().query.device
+        if self._asked().steps is not None:
+            return self._asked().steps[:, -width:]  # type: ignore[index]
         steps = torch.tensor(self.seen, device=device)[:, None] - width + torch.arange(width, device=device)
         fresh = torch.tensor(self.new_tokens, device=device)[:, None]
         return steps.masked_fill(torch.arange(width, device=device) < width - fresh, -1)
@@ -245,3 +265,11 @@ class View:
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.batch_size, self.num_kv_heads))
+
+
+def _padded(rows: Sequence[Tensor], longest: int) -> Tensor:
+    """Stacks ``rows[r] [..., T_r]``, filled up with zeros to ``longest`` cells."""
+    out = rows[0].new_zeros(len(rows), *rows[0].shape[:-1], longest, dtype=torch.float32)
+    for cells, row in zip(out, rows, strict=True):
+        cells[..., : row.shape[-1]] = row
+    return out

@@ -10,7 +10,7 @@ from kvbudget import kernels
 from kvbudget.codecs.base import Asked, Codec
 from kvbudget.kernels.reference import Operand, Partial
 from kvbudget.models import Rotation
-from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.ragged import RaggedTable
 from kvbudget.segments.store import FIRST, SEALED, TAIL, CodecStore
 
@@ -146,6 +146,12 @@ class QuantizedSegment(Segment):
         assert isinstance(other, QuantizedSegment)
         other.key.meta = other.value.meta = other.meta
         return other
+
+    def sides(self) -> tuple[Side, Side] | None:
+        if self.balance is not None or "count" in self.meta.columns or not self.meta.columns:
+            return None
+        key, value = self.key.side(), self.value.side()
+        return None if key is None or value is None else (key, value)
 
     def parts(self) -> dict[str, int]:
         tails = [table.nbytes for store in (self.key, self.value) for table in (store.first, store.tail)]

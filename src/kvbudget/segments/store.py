@@ -8,6 +8,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.kernels.reference import DecodedOperand, DenseOperand, Operand
 from kvbudget.models import Rotation
+from kvbudget.segments.base import Side
 from kvbudget.segments.ragged import RaggedTable
 
 FIRST, SEALED, TAIL = range(3)
@@ -29,7 +30,7 @@ class CodecStore:
         self.first = RaggedTable(num_rows)
         self.sealed = RaggedTable(num_rows, step=-(-64 // codec.unit))
         self.payload = RaggedTable(num_rows)
-        self.tail = RaggedTable(num_rows)
+        self.tail = RaggedTable(num_rows, step=codec.longest_tail)
         self.first.limits = [codec.sinks] * num_rows
         self.tail.limits = [codec.longest_tail] * num_rows
         self.state: dict[str, Tensor] = {}
@@ -73,14 +74,13 @@ class CodecStore:
 
     def seal(self, asked: Asked | None = None, salience: Tensor | None = None) -> None:
         """Encodes what is `due`; ``salience`` is that of these entries, flat in row order."""
-        codec, due = self.codec, self.due()
-        if not any(due):
+        codec = self.codec
+        if self.tail.longest < codec.lump + (0 if codec.cyclic else codec.residual) or not any(due := self.due()):
             return
         fresh = [n > 0 and not started for n, started in zip(due, self.started, strict=True)]
         if codec.sinks and any(fresh):
             self._set_first([codec.sinks if f else 0 for f in fresh])
-        stays = len(set(due)) == 1 and due[0] < self.tail.lengths[0]
-        if stays and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
+        if len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
             self._encode(self.tail.grid("data")[:, : due[0]].flatten(0, 1), due, fresh, asked, salience)
             self.tail.drop(due[0])
             return
@@ -155,7 +155,8 @@ class CodecStore:
             self.sealed.take(units, -(-spare // unit))
         if self.first.columns:
             self.first.take(first)
-        self.tail.take(tail)
+        if tail.sum() < self.tail.total:
+            self.tail.take(tail, max(0, self.codec.longest_tail - int(tail.sum(1).max())))
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""
@@ -192,6 +193,17 @@ class CodecStore:
         table = self.first if part == FIRST else self.tail
         return DenseOperand(table.columns["data"], [s + b for s, b in zip(table.starts, begin, strict=True)])
 
+    def side(self) -> Side | None:
+        """The sealed units and the tail for a lane; None where there is more, or units have no fused form."""
+        if self.codec.sinks or self.codec.variable or self.rotation is not None:
+            return None
+        tail, sealed = DenseOperand(self.tail.columns["data"], self.tail.starts), None
+        if self.sealed.columns:
+            sealed = self.codec.operand(self.sealed.columns, self.sealed.starts, [0] * len(self.started))
+            if sealed is None:
+                return None
+        return Side(sealed, self.codec.unit, self.sealed if sealed is not None else None, tail, self.tail)
+
     def share(self) -> "CodecStore":
         other = object.__new__(CodecStore)
         other.__dict__.update(self.__dict__)
@@ -210,7 +222,10 @@ class CodecStore:
     def _encode(
         self, x: Tensor, due: list[int], fresh: list[bool], asked: Asked | None, salience: Tensor | None
     ) -> None:
-        codec = self.codec
+        codec, units = self.codec, [n // self.codec.unit for n in due]
+        if not codec.placed and self.rotation is None and not any(fresh):
+            self.sealed.append(codec.encode(x), units)
+            return
         begins = zip(self.coded, due, strict=True)
         positions = torch.cat([self.meta.row("position", r)[b : b + n] for r, (b, n) in enumerate(begins)])
         if self.rotation is not None:
@@ -220,7 +235,6 @@ class CodecStore:
                 if fresh[r]:
                     self._start(r, codec.start(entries, r, asked))
             self.started = [s or f for s, f in zip(self.started, fresh, strict=True)]
-        units = [n // codec.unit for n in due]
         rows = torch.arange(len(units), device=x.device).repeat_interleave(torch.tensor(units, device=x.device))
         cells = codec.encode(x, Place(rows, self.state, x.shape[-1], positions, salience))
         if codec.variable:

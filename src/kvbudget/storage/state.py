@@ -14,7 +14,7 @@ from kvbudget.layer import LayerCache
 from kvbudget.prefill import Prefilled
 from kvbudget.segments.base import Segment
 from kvbudget.segments.quantized import QuantizedSegment
-from kvbudget.segments.ragged import RaggedTable, ranges
+from kvbudget.segments.ragged import Columns, RaggedTable, ranges
 
 Tensors = dict[str, Tensor]
 _RECURRENT = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
@@ -138,7 +138,7 @@ def positions_of(tensors: Mapping[str, Tensor], at: str) -> Tensor:
 
 def _unpack_table(table: RaggedTable, numbers: Mapping[str, Any], at: str, tensors: Tensors) -> None:
     table.step, table.limits = numbers["step"], numbers["limits"]
-    table.columns = {}
+    table.columns = Columns()
     for name in numbers["columns"]:
         table.columns[name] = positions_of(tensors, at) if name == "position" else tensors[f"{at}.{name}"]
     lengths = list(numbers["lengths"])

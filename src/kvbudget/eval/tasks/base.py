@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
+from kvbudget.eval.chorus import Chorus
 from kvbudget.eval.fidelity import compare_logits
 
 
@@ -76,7 +77,8 @@ class Task(ABC):
     ``headline`` names the score that reports lead with, and ``higher_is_better`` its direction; ``chance`` is what a
     blind guess reaches. ``labeled`` tasks have answers that are right or wrong, so a model can fail them with a full
     cache; the others measure distances from the full cache and are informative with any model. ``diagnose`` asks the runner
-    for the error of every layer's attention output too.
+    for the error of every layer's attention output too. Tasks that generate their answers instead of `read`ing them say
+    ``reads = False``.
     """
 
     name: ClassVar[str]
@@ -86,6 +88,7 @@ class Task(ABC):
     labeled: ClassVar[bool] = True
     chance: ClassVar[float] = 0.0
     diagnose: ClassVar[bool] = False
+    reads: ClassVar[bool] = True
 
     @abstractmethod
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
@@ -131,6 +134,16 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     scored = len(probe.answer) - probe.skip
     logits = model(ids, past_key_values=cache.fork(), logits_to_keep=scored).logits[0]
     return Reading(logits.float(), probe.answer[probe.skip :].to(model.device))
+
+
+@torch.inference_mode()
+def read_together(model: PreTrainedModel, caches: Sequence[KVCache], probe: Probe) -> list[Reading]:
+    """As `read` from each of several caches of the same context, in one forward."""
+    ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device).expand(len(caches), -1)
+    scored = len(probe.answer) - probe.skip
+    logits = model(ids, past_key_values=Chorus(caches), logits_to_keep=scored).logits
+    targets = probe.answer[probe.skip :].to(model.device)
+    return [Reading(row.float(), targets) for row in logits]
 
 
 def visible_form(example: Example, probe: Probe) -> tuple[Tensor, Probe]:

@@ -31,6 +31,7 @@ class GSM8K(Task):
 
     name = "gsm8k"
     headline: ClassVar[str] = "correct"
+    reads: ClassVar[bool] = False
 
     shots: int = 8
     asked: int = 2

@@ -14,12 +14,19 @@ struct LaneScales {
   const int* group_of;
 };
 
-// Accumulators of R vectors-of-rows (R * C::entries rows) and MT queries.
+// Rows that follow each other at equal distances, as vectors of rows.
+struct Rows {
+  const uint8_t* base;
+  int64_t step;
+  const uint8_t* at(int64_t t) const { return base + t * step; }
+};
+
+// Accumulators of R vectors-of-rows (R * C::entries rows) and MT queries, which begin at `start`.
 template <class C, int MT, int R, bool Scaled>
-KV_INLINE void dot_tile(const uint8_t* const* rows, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
-                        int64_t first, vf (&acc)[MT][R]) {
+KV_INLINE void dot_tile(const Rows& rows, const float* q, int64_t q_stride, int chunks, const float* start,
+                        const LaneScales& scales, int64_t first, vf (&acc)[MT][R]) {
   for (int m = 0; m < MT; ++m)
-    for (int e = 0; e < R; ++e) acc[m][e] = splat(0.0f);
+    for (int e = 0; e < R; ++e) acc[m][e] = splat(start[m]);
   for (int c = 0; c < chunks; ++c) {
 #pragma GCC unroll 32
     for (int s = 0; s < C::steps; ++s) {
@@ -31,7 +38,7 @@ KV_INLINE void dot_tile(const uint8_t* const* rows, const float* q, int64_t q_st
       }
 #pragma GCC unroll 4
       for (int e = 0; e < R; ++e) {
-        vf k = C::get(rows[e] + c * C::chunk, s);
+        vf k = C::get(rows.at(e) + c * C::chunk, s);
         if constexpr (Scaled) {
           const float* group = scales.data + scales.group_of[c * C::steps + s] * scales.stride;
           if constexpr (C::entries == 1)
@@ -69,15 +76,17 @@ KV_INLINE void store_sums(float* p, vf a, vf b, vf c, vf d) {
 }
 
 template <class C, int MT, bool Scaled>
-void dot_rows(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int chunks, const LaneScales& scales,
+void dot_rows(Rows rows, int n, const float* q, int64_t q_stride, int chunks, const float* start, const LaneScales& scales,
               int64_t first, float* out, int64_t out_stride) {
-  constexpr int R = MT == 4 ? 2 : 4;  // MT * R accumulators, MT queries and one key fit in sixteen registers
-  for (int t = 0; t < n; t += 4 * C::entries) {
+  // MT * R accumulators, MT queries and one key fit in sixteen registers, and a word of codes per row where it serves many steps.
+  constexpr int R = MT == 4 || (MT == 3 && C::codes) ? 2 : 4;
+  for (int t = 0; t < n; t += 4 * C::entries, rows.base += 4 * rows.step) {
     vf acc[4 / R][MT][R];
     for (int half = 0; half < 4 / R; ++half)
-      dot_tile<C, MT, R, Scaled>(rows + t / C::entries + half * R, q, q_stride, chunks, scales, first + t + half * R * C::entries, acc[half]);
+      dot_tile<C, MT, R, Scaled>({rows.at(half * R), rows.step}, q, q_stride, chunks, start, scales,
+                                 first + t + half * R * C::entries, acc[half]);
     for (int m = 0; m < MT; ++m)
-      store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][4 % R + (R == 2 ? 0 : 2)],
+      store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][R - 2],
                              acc[4 / R - 1][m][R - 1]);
   }
 }
@@ -94,32 +103,34 @@ KV_INLINE int next_tile(int remaining) {
 }
 
 template <class C, bool Scaled>
-void dot_queries(const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
+void dot_queries(const Rows& rows, int n, const float* q, int64_t q_stride, int queries, int chunks, const float* start,
                  const LaneScales& scales, int64_t first, float* out, int64_t out_stride) {
   for (int m = 0; m < queries;) {
     int tile = next_tile(queries - m);
     if (Scaled && tile == 3) tile = 2;
     const float* at = q + m * q_stride;
     float* to = out + m * out_stride;
-    if (tile == 1) dot_rows<C, 1, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
-    if (tile == 2) dot_rows<C, 2, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+    if (tile == 1) dot_rows<C, 1, Scaled>(rows, n, at, q_stride, chunks, start + m, scales, first, to, out_stride);
+    if (tile == 2) dot_rows<C, 2, Scaled>(rows, n, at, q_stride, chunks, start + m, scales, first, to, out_stride);
     if constexpr (KV_QUERY_TILE == 4 && !Scaled)
-      if (tile == 3) dot_rows<C, 3, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+      if (tile == 3) dot_rows<C, 3, Scaled>(rows, n, at, q_stride, chunks, start + m, scales, first, to, out_stride);
     if constexpr (KV_QUERY_TILE == 4)
-      if (tile == 4) dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, scales, first, to, out_stride);
+      if (tile == 4) dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, start + m, scales, first, to, out_stride);
     m += tile;
   }
 }
 
-// rows: n / entries pointers (rounded up to a multiple of 4); writes up to 4 * entries - 1 lanes past n.
-KV_INLINE void dot(Codec codec, const uint8_t* const* rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
-                   const LaneScales* scales, int64_t first, float* out, int64_t out_stride) {
+// Logits of n rows, of which those up to the next multiple of 4 * entries must be readable; writes up to 4 * entries - 1 lanes
+// past n. start [queries]: what every lane of an accumulator begins with.
+KV_INLINE void dot(Codec codec, const Rows& rows, int n, const float* q, int64_t q_stride, int queries, int chunks,
+                   const float* start, const LaneScales* scales, int64_t first, float* out, int64_t out_stride) {
   with_codec(codec, [&](auto c) {
     using C = decltype(c);
     if constexpr (C::codes) {
-      if (scales) return dot_queries<C, true>(rows, n, q, q_stride, queries, chunks, *scales, first, out, out_stride);
+      if (scales)
+        return dot_queries<C, true>(rows, n, q, q_stride, queries, chunks, start, *scales, first, out, out_stride);
     }
-    dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, LaneScales{}, first, out, out_stride);
+    dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, start, LaneScales{}, first, out, out_stride);
   });
 }
 

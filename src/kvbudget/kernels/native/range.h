@@ -24,9 +24,8 @@ struct Side {
   float* zero;           // the same
   float* meta;           // conversion buffer
   float* expanded;       // [kTile][lanes] for operands without a direct form
-  uint8_t* last;         // copy of the rows that would be read past the range
+  uint8_t* copied;       // [kTile + 4] rows that are gathered, or read past the range
   Table table;           // of codebook operands
-  const uint8_t* rows[kTile + 4];
 };
 
 struct State {
@@ -57,6 +56,10 @@ struct Arena {
   }
 };
 
+KV_INLINE int64_t row_bytes(const Operand& x) {
+  return x.kind == Kind::dense ? static_cast<int64_t>(x.width) * type_bytes(x.type) : x.stride;
+}
+
 KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, Side& side) {
   side.order = order_of(x);
   side.lanes = side.order.vectors * W;
@@ -72,7 +75,7 @@ KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, S
   side.zero = arena.take<float>(x.kind == Kind::token ? meta : side.lanes);
   side.meta = arena.take<float>(meta);
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
-  side.last = arena.take<uint8_t>(64);
+  side.copied = arena.take<uint8_t>(direct ? static_cast<size_t>(kTile + 4 * W) * row_bytes(x) : 0);
   if (x.kind != Kind::codebook) return;
   side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
   side.table.lanes = arena.take<float>(W * x.width);
@@ -140,45 +143,45 @@ KV_INLINE int64_t skipped(const Operand& x, int row) { return x.skip ? x.skip[ro
 
 // Asks for memory that the next block will read: its many short streams are more than the hardware follows.
 KV_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  const uint8_t* const end = p + bytes;
+  for (; p + 192 < end; p += 256) {
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 64, 0, 2);
+    __builtin_prefetch(p + 128, 0, 2);
+    __builtin_prefetch(p + 192, 0, 2);
+  }
+  for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
-// Points at n rows from entry t on (n <= kTile), as vectors of rows; expands, gathers or copies where it must.
-KV_INLINE void point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end, int ahead) {
+// n rows from entry t on (n <= kTile), and readable ones up to the next multiple of 4 * entries; expands, gathers or copies
+// where it must.
+KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end, int ahead) {
   const Order& o = side.order;
-  int count = 0;
   if (o.codec == Codec::expand) {
-    for (; count < n; ++count) {
-      float* out = side.expanded + static_cast<size_t>(count) * side.lanes;
-      expand_entry(x, row, t + count, out, side.meta);
-      for (int i = x.width; i < side.lanes; ++i) out[i] = 0.0f;
-      side.rows[count] = reinterpret_cast<const uint8_t*>(out);
+    for (int i = 0; i < n; ++i) {
+      float* out = side.expanded + static_cast<size_t>(i) * side.lanes;
+      expand_entry(x, row, t + i, out, side.meta);
+      for (int d = x.width; d < side.lanes; ++d) out[d] = 0.0f;
     }
-  } else {
-    const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
-    if (x.index) {
-      const int64_t* index = x.index + x.index_starts[row] + t;
-      for (; count < n; ++count) {
-        side.rows[count] = x.data + (start + index[count]) * x.stride;
-        if (t + count + kTile < end) prefetch(x.data + (start + index[count + kTile]) * x.stride, x.stride);
-      }
-    } else {
-      const uint8_t* base = x.data + (start + t) * x.stride;
-      const int64_t step = o.entries * x.stride;
-      count = (n + o.entries - 1) / o.entries;
-      for (int i = 0; i < count; ++i) side.rows[i] = base + i * step;
-      const int64_t left = end - t - ahead;
-      if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
-      const int over = count * o.entries - n;
-      if (over && t + n + over > end) {
-        const size_t bytes = (o.entries - over) * x.stride;
-        std::memset(side.last, 0, 32);
-        std::memcpy(side.last, side.rows[count - 1], bytes);
-        side.rows[count - 1] = side.last;
-      }
-    }
+    return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes};
   }
-  for (int i = count; i % 4; ++i) side.rows[i] = side.rows[count - 1];
+  const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
+  const int64_t bytes = row_bytes(x);
+  if (x.index) {
+    const int64_t* index = x.index + x.index_starts[row] + t;
+    for (int i = 0; i < n; ++i) {
+      if (t + i + kTile < end) prefetch(x.data + (start + index[i + kTile]) * x.stride, bytes);
+      std::memcpy(side.copied + i * bytes, x.data + (start + index[i]) * x.stride, bytes);
+    }
+    return {side.copied, bytes};
+  }
+  const uint8_t* base = x.data + (start + t) * x.stride;
+  const int64_t left = end - t - ahead;
+  if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
+  if (t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride};
+  for (int i = 0; i < n; ++i) std::memcpy(side.copied + i * bytes, base + i * x.stride, bytes);
+  std::memset(side.copied + n * bytes, 0, (padded(n, 4 * o.entries) - n) * bytes);
+  return {side.copied, o.entries * bytes};
 }
 
 // in [n, groups] to out [groups, stride]; reads and writes up to W - 1 entries past n.
@@ -251,10 +254,14 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
   prefetch(x.zero + (group + 1) * bytes, bytes);
   prefetch(x.scale + (group + 1) * bytes, bytes);
   to_float(x.zero, x.type, group * D, D, s.key.meta);
+  const float share = static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
   for (int m = 0; m < M; ++m) {
-    vf bias = splat(0.0f);
-    for (int i = 0; i < D; i += W) bias += load(s.query + m * D + i) * load(s.key.meta + i);
-    s.bias[m] = sum(bias);
+    vf bias[2] = {};
+    for (int i = 0; i < D; i += 2 * W) {  // codes with a direct form have a multiple of 32 channels
+      bias[0] += load(s.query + m * D + i) * load(s.key.meta + i);
+      bias[1] += load(s.query + m * D + i + W) * load(s.key.meta + i + W);
+    }
+    s.bias[m] = sum(bias[0] + bias[1]) * share;
   }
   to_float(x.scale, x.type, group * D, D, s.key.meta);
   permute(s.key.order, s.key.meta, s.key.scale);
@@ -285,6 +292,8 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
     repeated = to;
     scales = {repeated, (s.block + W) * repeat, side.group_of};
   }
+  if (!channel)
+    for (int m = 0; m < M; ++m) s.bias[m] = 0.0f;
   if (x.kind == Kind::codebook) table_logits(x, side.table, s.query, M, row, t, n, s.logits, stride);
   for (int at = x.kind == Kind::codebook ? n : 0; at < n;) {
     int count = n - at < kTile ? n - at : kTile;
@@ -295,13 +304,8 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
       if (at == 0 || u % x.group == 0) prepare_group(job, s, x.starts[row] + group);
       q = s.scaled;
     }
-    point(x, side, row, t + at, count, end, s.block);
-    float* out = s.logits + at;
-    dot(side.order.codec, side.rows, count, q, side.lanes, M, side.chunks, token && side.groups > 1 ? &scales : nullptr, at,
-        out, stride);
-    if (channel)
-      for (int m = 0; m < M; ++m)
-        for (int i = 0; i < count; i += W) store(out + m * stride + i, load(out + m * stride + i) + splat(s.bias[m]));
+    dot(side.order.codec, point(x, side, row, t + at, count, end, s.block), count, q, side.lanes, M, side.chunks, s.bias,
+        token && side.groups > 1 ? &scales : nullptr, at, s.logits + at, stride);
     at += count;
   }
   for (int m = 0; m < M; ++m) {
@@ -457,7 +461,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
       const int64_t left = (u / x.group + 1) * x.group - u;
       if (left < count) count = static_cast<int>(left);
     }
-    point(x, side, row, t + at, count, end, s.block);
+    const Rows rows = point(x, side, row, t + at, count, end, s.block);
     Weights w{s.logits + at, stride, 0};
     if (token) {
       w = {s.weights + at * repeat, (s.block + W) * repeat, static_cast<int64_t>(M) * (s.block + W) * repeat};
@@ -466,7 +470,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
         repeat_weights(s.logits + m * stride + at, count, entries, s.weights + m * (s.block + W) * repeat);
       w = {s.weights, (s.block + W) * repeat, 0};
     }
-    weigh(side.order.codec, side.rows, (count + entries - 1) / entries, w, side.groups > 1 ? side.group_of : nullptr, M,
+    weigh(side.order.codec, rows, (count + entries - 1) / entries, w, side.groups > 1 ? side.group_of : nullptr, M,
           side.chunks, acc, side.lanes);
     if (channel) {
       for (int m = 0; m < M; ++m) {

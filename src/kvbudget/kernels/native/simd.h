@@ -44,6 +44,12 @@ KV_INLINE void pin(vf& x) {
 #endif
 }
 
+// Hides where a pointer comes from, so that what is loaded through it is loaded again rather than kept in a register.
+KV_INLINE const uint8_t* hidden(const uint8_t* p) {
+  __asm__ volatile("" : "+r"(p));
+  return p;
+}
+
 KV_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX__) && !defined(__clang__)
   return __builtin_ia32_maxps256(a, b);

@@ -16,8 +16,7 @@ struct Weights {
 
 // acc[m * acc_stride + v * W ...] += sum over n rows of weight * vector v.
 template <class C, int MT>
-void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* group_of, int chunks, float* acc,
-                int64_t acc_stride) {
+void weigh_rows(const Rows& rows, int n, const Weights& w, const int* group_of, int chunks, float* acc, int64_t acc_stride) {
   constexpr int V = MT == 4 || C::steps < 4 ? 2 : 4;  // vectors per register tile
   for (int c = 0; c < chunks; ++c) {
 #pragma GCC unroll 16
@@ -27,8 +26,8 @@ void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* 
       vf x[MT][V];
       for (int m = 0; m < MT; ++m)
         for (int i = 0; i < V; ++i) x[m][i] = load(to + m * acc_stride + i * W);
-      for (int t = 0; t < n; ++t) {
-        const uint8_t* row = rows[t] + c * C::chunk;
+      const uint8_t* row = rows.base + c * C::chunk;
+      for (int t = 0; t < n; ++t, row += rows.step) {
         vf p[MT];
 #pragma GCC unroll 4
         for (int m = 0; m < MT; ++m) {
@@ -39,7 +38,9 @@ void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* 
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-          vf v = C::get(row, s + i);
+          // Twelve accumulators leave no register for a word of codes: one that waits for its next mask would push an
+          // accumulator out to memory, and the chain of additions through it.
+          vf v = C::get(MT * V > 8 ? hidden(row) : row, s + i);
 #pragma GCC unroll 4
           for (int m = 0; m < MT; ++m) x[m][i] += p[m] * v;
         }
@@ -50,8 +51,8 @@ void weigh_rows(const uint8_t* const* rows, int n, const Weights& w, const int* 
   }
 }
 
-// rows: one pointer per vector of rows (n of them).
-KV_INLINE void weigh(Codec codec, const uint8_t* const* rows, int n, Weights w, const int* group_of, int queries, int chunks,
+// rows: n vectors of rows.
+KV_INLINE void weigh(Codec codec, const Rows& rows, int n, Weights w, const int* group_of, int queries, int chunks,
                      float* acc, int64_t acc_stride) {
   with_codec(codec, [&](auto c) {
     using C = decltype(c);

@@ -3,45 +3,33 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from kvbudget.policy.base import LayerAllocator
+from kvbudget.policy.allocators.prompt import PromptMeasured
 from kvbudget.policy.view import View
 
 ENDS = (0, 1, -1)
-MEASURED_AGAIN = 16
 
 
 @dataclass(frozen=True)
-class AttentionVariance(LayerAllocator):
+class AttentionVariance(PromptMeasured):
     """Layers whose attention is spread evenly keep more: shares in proportion to ``exp(-F)`` (D2O, arXiv 2406.13035, 3.2).
 
     F is the variance over entries of the attention accumulated in the state column ``state``, over the square of its mean
-    so that its scale does not matter, averaged over KV heads and brought to [0, 1] over the layers. Only forwards that bring
-    at least ``1 / MEASURED_AGAIN`` of the text measure it: the paper's shares are fixed by the prompt, and shares that move
-    at every step would only make layers lose what they hold. ``keep_ends`` gives layers 0, 1 and the last one all that the
-    budget holds before the others get theirs (the reference leaves them uncompressed outside of the budget).
+    so that its scale does not matter, averaged over KV heads and brought to [0, 1] over the layers. ``keep_ends`` gives
+    layers 0, 1 and the last one all that the budget holds before the others get theirs (the reference leaves them
+    uncompressed outside of the budget).
     """
-
-    measures: ClassVar[bool] = True
 
     state: str = "acc"
     keep_ends: bool = False
 
-    def preference(self, view: View, last: Sequence[float | None]) -> Sequence[float | None]:
-        due = [
-            new > 0 and (old is None or new * MEASURED_AGAIN >= seen)
-            for old, seen, new in zip(last, view.seen, view.new_tokens, strict=True)
-        ]
-        if not any(due):
-            return last
+    def measure(self, view: View) -> list[float]:
         valid = view.valid
         number = valid.sum(-1).clamp_min(1)
         mass = view.state(self.state).masked_fill(~valid, 0.0)
         mean = mass.sum(-1) / number
         variance = ((mass - mean[..., None]) ** 2).masked_fill(~valid, 0.0).sum(-1) / number
-        spread = (variance / (mean**2).clamp_min(1e-30)).mean(-1).tolist()
-        return [new if now else old for new, now, old in zip(spread, due, last, strict=True)]
+        return (variance / (mean**2).clamp_min(1e-30)).mean(-1).tolist()
 
     def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
         known = [m for m in measured if m is not None]
