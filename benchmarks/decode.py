@@ -205,11 +205,14 @@ def overhead(ours: PreTrainedModel, length: int, steps: int, clock: Callable[[],
 
 
 class Timed:
-    """The extension module with a stopwatch around its functions."""
+    """The extension module, or one of its lanes, with a stopwatch around its functions."""
 
     def __init__(self, extension: Any, watch: Stopwatch) -> None:
-        for name in ("attend", "mass", "mass_of_logits", "encode", "merge", "scatter"):
-            setattr(self, name, watch.around(getattr(extension, name)))
+        for name in ("attend", "mass", "mass_of_logits", "encode", "merge", "scatter", "step", "accumulate"):
+            if hasattr(extension, name):
+                setattr(self, name, watch.around(getattr(extension, name)))
+        if hasattr(extension, "Lane"):
+            self.Lane = lambda *arguments: Timed(extension.Lane(*arguments), watch)
 
 
 def kvpress(arguments: argparse.Namespace, folder: str, length: int) -> list[dict[str, Any]]:

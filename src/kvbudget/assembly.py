@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
-from kvbudget.models import CacheGeometry, fingerprint, rotation_of
+from kvbudget.models import CacheGeometry, Rotation, fingerprint, rotation_of
 from kvbudget.policy.base import Parts, Span, Trigger
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
@@ -60,10 +60,11 @@ def budgeted_layer(
     extra = () if parts.destination is None else parts.destination.columns
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
+    before_rope = parts.codec is not None and parts.codec[0].before_rope
     layer = LayerCache(
         index,
         shape.num_kv_heads,
-        make_segment=segment_maker(parts),
+        make_segment=segment_maker(parts, index, rotation_of(model, index) if before_rope else None),
         states=(*scorer_states, *extra),
         rotation=rotation,
         selector=parts.selector,
@@ -76,14 +77,17 @@ def budgeted_layer(
     return layer
 
 
-def segment_maker(parts: Parts) -> Any:
-    """What makes a segment of a number of rows: dense, or behind the policy's codecs."""
+def segment_maker(parts: Parts, index: int, rotation: Rotation | None = None) -> Any:
+    """What makes a segment of a number of rows of layer ``index``: dense, or behind the policy's codecs.
+
+    ``rotation`` is what codecs need that code keys before RoPE.
+    """
     if parts.codec is None:
         return DenseSegment
-    key_codec, value_codec = parts.codec
+    key_codec, value_codec = (codec.at(index) for codec in parts.codec)
 
     def make(num_rows: int) -> Segment:
-        return QuantizedSegment(num_rows, key_codec, value_codec)
+        return QuantizedSegment(num_rows, key_codec, value_codec, rotation=rotation)
 
     return make
 

@@ -154,9 +154,11 @@ class KVCache(Cache):
 
     # -- what the attention function calls -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.attend(index, call, mask, position_ids)
         layer = self.layers[index]
         if index == self._first:
             self._begin(call, mask, position_ids)

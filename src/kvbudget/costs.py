@@ -43,8 +43,8 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     else:
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
-            tail = codec.longest_tail + (codec.unit if codec.unit > 1 else 0)
-            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width)
+            tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
     aside = 0.0
     if parts.destination is not None:
         fixed += parts.destination.fixed_bytes(*widths, item)

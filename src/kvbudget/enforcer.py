@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class Enforcer(Shares):
             elif finish and self.parts.trigger.after_prefill:
                 layer.set_capacity(None)
         if finish and not self.suspended:
-            layer.finish_forward()
+            asks = any(codec.asks for codec in self.parts.codec or ())
+            layer.finish_forward(view.asked() if asks else None)
 
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""
@@ -102,10 +104,15 @@ class Enforcer(Shares):
         """
         index = self.layers.index(layer)
         heads = layer.num_kv_heads
-        held = layer.evictable()
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
+        # Bytes are never overrun; where entries count, the one that makes a layer too long need not move all others.
+        ahead = 0 if self.budget.kind == "bytes" else heads
+        rooms = [n + ahead for n in limits]
+        if self._rests and layer.capacity == rooms and layer.longest * heads <= min(limits):
+            return
+        held = layer.evictable()
         layer.set_capacity(
-            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
+            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(rooms)]
         )
         if self.parts.heads is None:
             over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
@@ -123,6 +130,11 @@ class Enforcer(Shares):
             self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
+
+    @cached_property
+    def _rests(self) -> bool:
+        """Whether a layer whose rows are all inside an even share of its limit has nothing to be done."""
+        return self.parts.threshold is None and not self.cost.aside and not sum(self._pinned)
 
     def _room(self, b: int, limit: int, heads: int) -> int:
         """Entries of a layer that sequence b may have memory for: its limit, or as long as the whole text fits, its share."""
@@ -212,7 +224,8 @@ class Enforcer(Shares):
             return
         # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
         kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
-        spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
+        rooms = layer.capacity or limits
+        spare = max(0, min((room - k) // heads for room, k in zip(rooms, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
             spare = min(spare, self.parts.trigger.every)
         evicted = None

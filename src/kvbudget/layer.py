@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbudget.codecs.base import Asked
 from kvbudget.kernels import flash, merge
 from kvbudget.kernels.reference import Partial
 from kvbudget.segments import selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.lane import Lane
 from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
@@ -31,7 +33,7 @@ class RotatesKeys(Protocol):
         """Rotates by ``delta`` positions."""
 
 
-@dataclass
+@dataclass(slots=True)
 class AttentionCall:
     """One attention call of the model: ``query [B, Hq, n, D]``, ``key [B, Hkv, n, D]``, ``value [B, Hkv, n, Dv]``.
 
@@ -95,6 +97,8 @@ class LayerCache:
         self.hard = False
         self.page = 1
         self.paged: list[int] = []
+        self._lane: Lane | None = None
+        self._fresh = False
 
     @property
     def batch_size(self) -> int:
@@ -118,6 +122,11 @@ class LayerCache:
         rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
         return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
 
+    @property
+    def longest(self) -> int:
+        """Entries of the longest row that the policy may evict from."""
+        return max(self._main_lengths(), default=0)
+
     def start(self, batch_size: int) -> None:
         """Fixes the batch size of an empty layer."""
         self.seen = [0] * batch_size
@@ -133,12 +142,31 @@ class LayerCache:
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
         few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
+        self._fresh = False
         if few:
+            if call.query.shape[2] == 1 and (answer := self._step(call)) is not None:
+                return answer
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
         out, lse, _ = self.probe(call)
         self.append(call.key, call.value, call.valid, call.steps)
         return out, lse
+
+    def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+        """One token by the prepared lane; None, with nothing done, where that cannot be."""
+        segments = self.front + self.main
+        if call.sink is not None or self.shift is not None or len(self.seen) != call.query.shape[0] or not self.main:
+            return None
+        lane = self._lane
+        if lane is None or not lane.fits(segments):
+            group = call.query.shape[1] // self.num_kv_heads
+            lane = self._lane = Lane(segments, len(self.front), group, lane is not None and lane.wanted)
+        seen = self._per_row(self.seen)
+        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window)
+        if answer is not None:
+            self.seen = [n + 1 for n in self.seen]
+            self._fresh = True
+        return answer
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""
@@ -162,6 +190,7 @@ class LayerCache:
 
     def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`, but leaves the new tokens out of the cache; also returns what held entries do not add to the lse."""
+        self._fresh = False
         inside = self._inside(call)
         out, lse = self._join(call, [*self._held(call, tail=0), inside])
         own = inside.lse.view(lse.shape)
@@ -206,12 +235,15 @@ class LayerCache:
             grown = zip(self.seen, counts, steps[:, -1].tolist(), strict=True)
             self.seen = [newest + 1 if count else seen for seen, count, newest in grown]
 
-    def finish_forward(self) -> None:
-        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails."""
+    def finish_forward(self, asked: Asked | None = None) -> None:
+        """Ends a forward: drops what the layer's own window no longer covers, and compresses full-precision tails.
+
+        ``asked`` are its queries, for codecs that look at them.
+        """
         if self.window is not None:
             self._slide()
         for segment in self.segments:
-            segment.seal()
+            segment.seal(asked)
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 
@@ -236,6 +268,20 @@ class LayerCache:
                 ctx = AttendContext(like.scale, like.softcap, None, positions, tail)  # type: ignore[attr-defined]
                 measure = segment.mass if summed else segment.weights
                 yield segment, measure(self._turned(segment, rows, width), flat, ctx)
+
+    def add_mass(
+        self, name: str, query: Tensor, lse: Tensor, like: object, decay: Sequence[float], factor: float
+    ) -> None:
+        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``."""
+        if (
+            query.shape[2] == 1
+            and self._fresh
+            and self._lane is not None
+            and self._lane.accumulate(name, decay, factor)
+        ):
+            return
+        for segment, rows in self.masses(query, lse, like):
+            segment.add_to_state(name, rows, decay, factor)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
@@ -398,6 +444,7 @@ class LayerCache:
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
         other.statistics = dict(self.statistics)
+        other._lane, other._fresh = None, False
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
@@ -421,7 +468,7 @@ class LayerCache:
         n = call.query.shape[2]
         query = self._rows(call.query)
         window = call.window
-        if window is not None and n == 1 and max(self._main_lengths(), default=0) < window + (1 if tail else 0):
+        if window is not None and n == 1 and self.longest < window + (1 if tail else 0):
             window = None
         positions = None
         if window is not None or tail > 1:
@@ -491,7 +538,7 @@ class LayerCache:
     def _slide(self) -> None:
         assert self.window is not None
         room = self.window - 1
-        if max(self._main_lengths(), default=0) <= room + WINDOW_OVERRUN:
+        if self.longest <= room + WINDOW_OVERRUN:
             return
         oldest = torch.tensor(self.seen).repeat_interleave(self.num_kv_heads) - room
         positions = torch.cat([segment.positions() for segment in self.main], dim=1)
@@ -510,4 +557,6 @@ class LayerCache:
         return [value for value in values for _ in range(self.num_kv_heads)]
 
     def _main_lengths(self) -> list[int]:
+        if len(self.main) == 1:
+            return self.main[0].lengths
         return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]

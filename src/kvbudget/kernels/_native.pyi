@@ -30,5 +30,32 @@ def encode(
 ) -> None: ...
 def merge(outs: Sequence[int], lses: Sequence[int], queries: int, width: int, out: int, lse: int) -> None: ...
 def scatter(columns: list[tuple[int, int, int]], begins: Sequence[int], counts: Sequence[int]) -> None: ...
+
+class Lane:
+    def __init__(
+        self,
+        rows: int,
+        queries: int,
+        portions: list[tuple[Any, ...]],
+        entries: Sequence[int],
+        keys: Sequence[int],
+        values: Sequence[int],
+        zeroed: Sequence[int],
+    ) -> None: ...
+    def step(
+        self,
+        tensors: tuple[int, ...],
+        held: list[tuple[Sequence[int], ...]],
+        positions: Sequence[int],
+        scale: float,
+        softcap: float,
+        window: int,
+        keep_logits: bool,
+        threads: int,
+    ) -> bool: ...
+    def accumulate(
+        self, first: int, states: Sequence[int], decay: Sequence[float], factor: float, threads: int
+    ) -> bool: ...
+
 def instruction_set() -> str: ...
 def use(name: str) -> bool: ...

@@ -207,6 +207,71 @@ def attend(
     return Partial(out, lse)
 
 
+class Lane:
+    """The extension's prepared decode step (lane.h), which holds addresses and no tensors."""
+
+    def __init__(self, handle: Any, kind: int) -> None:
+        self.handle, self.kind = handle, kind
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        held: list[tuple[Sequence[int], ...]],
+        positions: Sequence[int],
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        out: Tensor,
+        lse: Tensor,
+        keep: bool,
+    ) -> bool:
+        """Stores an entry per row and attends; False, with nothing done, where a row has no room.
+
+        ``held`` are sealed key cells, sealed value cells and entries per row of each segment, before the new entry.
+        ``keep`` keeps the logits for `accumulate`.
+        """
+        at = (query.data_ptr(), key.data_ptr(), value.data_ptr(), self.kind, out.data_ptr(), lse.data_ptr())
+        threads = torch.get_num_threads()
+        return self.handle.step(at, held, positions, scale, softcap or 0.0, window or 0, keep, threads)
+
+    def accumulate(self, first: int, states: Sequence[Tensor], decay: Sequence[float], factor: float) -> bool:
+        """``state <- decay[r] * state + factor * weight`` over segments from ``first`` on; False where logits are gone."""
+        at = [state.data_ptr() for state in states]
+        return self.handle.accumulate(first, at, decay, factor, torch.get_num_threads())
+
+
+def lane(
+    rows: int,
+    queries: int,
+    portions: Sequence[tuple[Any, ...]],
+    room: tuple[Sequence[int], ...],
+    states: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Lane | None:
+    """See `kernels.lane`."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    described = []
+    for keys, values, starts, positions in portions:
+        sides = []
+        for sealed, unit, tail in (keys, values):
+            views = [() if x is None else _describe(x) for x in (sealed, tail)]
+            if None in views:
+                return None
+            sides.append((views[0], unit, views[1]))
+        if positions.dtype is not torch.int32:
+            return None
+        described.append((*sides, starts, positions.data_ptr()))
+    if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
+        return None
+    entries, key_tail, value_tail = room
+    zeroed = [state.data_ptr() for state in states]
+    handle = _native.Lane(rows, queries, described, entries, key_tail, value_tail, zeroed)
+    return Lane(handle, _TYPES[dtype])
+
+
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:
     """`reference.mass` by the extension; None where it cannot serve the operand."""
     return _weighted(query, key, lengths, lse, False, **options)

@@ -5,7 +5,7 @@ rows of its GQA group, query head major: ``m = g * n + i`` for query step ``i`` 
 ``starts[r] : starts[r] + lengths[r]``. Softmax and accumulation run in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +24,13 @@ class Partial(NamedTuple):
 
 
 class Operand:
-    """What a kernel reads keys or values from: rows of a column in some storage format."""
+    """What a kernel reads keys or values from: rows of a column in some storage format.
+
+    ``most`` bounds the entries of one `block`, where they have to be decoded into memory first.
+    """
 
     starts: Sequence[int]
+    most: int = 2**62
 
     def block(self, row: int, begin: int, end: int) -> Tensor:
         """Returns entries ``begin:end`` of a row as dense ``[end - begin, D]``."""
@@ -91,6 +95,17 @@ class ChannelQuantOperand(Operand):
         codes = unpack(self.codes[at], self.bits, self.scale.shape[-1]).float()
         dense = (codes * self.scale[at, None].float() + self.zero[at, None].float()).flatten(0, 1)
         return dense[begin - first * self.group : end - first * self.group]
+
+
+@dataclass
+class DecodedOperand(Operand):
+    """Entries of any format, decoded block by block: ``read(row, begin, end)`` gives entries ``[end - begin, D]``."""
+
+    read: Callable[[int, int, int], Tensor]
+    most: int = 512
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        return self.read(row, begin, end)
 
 
 def packed_width(width: int, bits: int) -> int:
@@ -242,7 +257,7 @@ def attend(
     ``log_count [C]`` and ``positions [C]`` are flat with ``entry_starts``; ``query_positions [R, n]``. Rows without
     entries give ``out = 0`` and ``lse = -inf``. Returns float32 ``out [R, M, Dv]`` and ``lse [R, M]``.
     """
-    block = block or _block_size(query.shape[1])
+    block = min(block or _block_size(query.shape[1]), key.most, value.most)
     outs, lses = [], []
     for row, length in enumerate(lengths):
         q = query[row]
@@ -292,7 +307,7 @@ def _weight_blocks(
 
     Earlier steps do not see the block at all.
     """
-    block = block or _block_size(query.shape[1])
+    block = min(block or _block_size(query.shape[1]), key.most)
     steps = 1 if query_positions is None else query_positions.shape[1]
     for row, length in enumerate(lengths):
         per_entry = _of_row(row, length, entry_starts, log_count=log_count, positions=positions)

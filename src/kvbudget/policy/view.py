@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvbudget.codecs.base import Asked
 from kvbudget.policy.scoring import Reduction
 
 if TYPE_CHECKING:
@@ -177,13 +178,14 @@ class View:
             lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // self.num_kv_heads
         rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
-        parts = [slice(g, None, members) for g in range(members)] if group == "max" else [slice(None)]
-        masses = [list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in parts]
-        for found in zip(*masses, strict=True):
-            segment, rows = found[0]
-            if len(found) > 1:
-                rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
-            segment.add_to_state(name, rows, rows_decay, 1 / members if group == "mean" else 1.0)
+        if group != "max" or members == 1:
+            factor = 1 / members if group == "mean" else 1.0
+            self.layer.add_mass(name, query, lse, queries, rows_decay, factor)
+            return
+        each = [slice(g, None, members) for g in range(members)]
+        for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
+            rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
+            found[0][0].add_to_state(name, rows, rows_decay)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.
@@ -238,6 +240,15 @@ class View:
     def query_steps(self) -> Tensor:
         """Positions of this forward's queries ``[B, n]``, right-aligned as `Queries.last`; -1 for padding."""
         return self._steps(self._asked().query.shape[2])
+
+    def asked(self) -> Asked | None:
+        """This forward's queries by rows, as codecs see them; None outside of a forward."""
+        if self.queries is None:
+            return None
+        query, lse = self.queries.last(None)
+        query, lse = (x.unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1) for x in (query, lse))
+        steps = self.query_steps().repeat_interleave(self.num_kv_heads, dim=0)
+        return Asked(query, lse, steps, self.queries.scale, self.queries.softcap)
 
     def _steps(self, width: int) -> Tensor:
         device = self._asked().query.device

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvbudget import kernels
-from kvbudget.kernels.reference import DenseOperand, Partial
+from kvbudget.codecs.base import Asked
+from kvbudget.kernels.reference import DenseOperand, Operand, Partial
 from kvbudget.segments.ragged import RaggedTable
 
 
@@ -26,6 +28,24 @@ class AttendContext:
     window: int | None = None
     query_positions: Tensor | None = None
     causal_tail: int = 0
+
+
+class Side(NamedTuple):
+    """Keys or values of a segment as kernels read them: sealed ``cells`` of ``unit`` entries each, then a dense tail.
+
+    ``sealed`` reads the cells from each row's first entry on (None: nothing is sealed), ``tail`` the entries in ``table``.
+    """
+
+    sealed: Operand | None
+    unit: int
+    cells: RaggedTable | None
+    tail: DenseOperand
+    table: RaggedTable
+
+    @property
+    def operands(self) -> tuple[Operand | None, int, DenseOperand]:
+        """Without the tables."""
+        return self.sealed, self.unit, self.tail
 
 
 class Segment(ABC):
@@ -130,8 +150,12 @@ class Segment(ABC):
     def tables(self) -> list[RaggedTable]:
         """Every table whose storages are resident."""
 
-    def seal(self) -> None:  # noqa: B027 - a format without a full-precision tail has nothing to do
-        """Compresses whatever is due for it; called after the attention of a forward, never before."""
+    def sides(self) -> tuple[Side, Side] | None:
+        """Keys and values for a `Lane`; None where attention needs more than to read them."""
+        return None
+
+    def seal(self, asked: Asked | None = None) -> None:  # noqa: B027 - without a full-precision tail nothing is to do
+        """Compresses whatever is due for it; called after the attention of a forward (with its queries), never before."""
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         """Bounds the entries per row for which appending may reserve room ahead of need."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.kernels import flash
 from kvbudget.kernels.reference import DenseOperand, Partial
-from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.ragged import RaggedTable
 
 # From this many query rows on, torch's matrix kernels beat a kernel that streams the entries once for few queries.
@@ -72,6 +72,12 @@ class DenseSegment(Segment):
 
     def tables(self) -> list[RaggedTable]:
         return [self.meta]
+
+    def sides(self) -> tuple[Side, Side] | None:
+        if "count" in self.meta.columns or not self.meta.columns:
+            return None
+        key, value = (Side(None, 1, None, self._operand(name), self.meta) for name in ("key", "value"))
+        return key, value
 
     def parts(self) -> dict[str, int]:
         sizes = {name: column.untyped_storage().nbytes() for name, column in self.meta.columns.items()}

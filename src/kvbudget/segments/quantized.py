@@ -1,115 +1,46 @@
 """QuantizedSegment: keys and values behind a codec each, with full-precision tails of their own lengths."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from kvbudget import kernels
-from kvbudget.codecs.base import Codec
-from kvbudget.kernels.reference import DenseOperand, Operand, Partial
-from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.codecs.base import Asked, Codec
+from kvbudget.kernels.reference import Operand, Partial
+from kvbudget.models import Rotation
+from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.ragged import RaggedTable
-
-
-class CodecStore:
-    """One side (keys or values) of a segment: sealed units behind a codec, then a full-precision tail."""
-
-    def __init__(self, num_rows: int, codec: Codec) -> None:
-        self.codec = codec
-        self.sealed = RaggedTable(num_rows, step=-(-64 // codec.unit))
-        self.tail = RaggedTable(num_rows)
-        self.tail.limits = [codec.longest_tail] * num_rows
-
-    @property
-    def num_sealed(self) -> list[int]:
-        """Sealed entries per row."""
-        return [units * self.codec.unit for units in self.sealed.lengths]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [s + t for s, t in zip(self.num_sealed, self.tail.lengths, strict=True)]
-
-    def append(self, x: Tensor, counts: Sequence[int]) -> None:
-        self.tail.append({"data": x}, counts)
-
-    def seal(self) -> None:
-        """Encodes what the tail holds beyond its residual."""
-        codec = self.codec
-        due = []
-        for length in self.tail.lengths:
-            over = length if codec.cyclic else max(0, length - codec.residual)
-            due.append(over // codec.lump * codec.lump)
-        if not any(due):
-            return
-        stays = len(set(due)) == 1 and due[0] < self.tail.lengths[0]
-        if stays and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
-            oldest = self.tail.grid("data")[:, : due[0]].flatten(0, 1)
-            self.sealed.append(codec.encode(oldest), [n // codec.unit for n in due])
-            self.tail.drop(due[0])
-            return
-        index = torch.arange(self.tail.longest)
-        oldest = index[None, :] < torch.tensor(due)[:, None]
-        columns, _ = self.tail.gather(oldest)
-        self.sealed.append(codec.encode(columns["data"]), [n // codec.unit for n in due])
-        self.tail.take(~oldest & self.tail.valid())
-
-    def padded(self) -> Tensor:
-        """All entries decoded, in the tail's dtype: ``[R, longest, D]``."""
-        lengths = self.lengths
-        tail = self.tail.columns["data"]
-        out = tail.new_zeros((len(lengths), max(lengths), tail.shape[-1]))
-        units = [slice(s, s + n) for s, n in zip(self.sealed.starts, self.sealed.lengths, strict=True)]
-        for r, (at, sealed) in enumerate(zip(units, self.num_sealed, strict=True)):
-            if sealed:
-                cells = {name: column[at] for name, column in self.sealed.columns.items()}
-                out[r, :sealed] = self.codec.decode(cells).to(out.dtype)
-            out[r, sealed : lengths[r]] = self.tail.row("data", r)
-        return out
-
-    def take(self, keep: Tensor, spare: int) -> None:
-        units = torch.zeros(self.sealed.num_rows, self.sealed.longest, dtype=torch.bool)
-        tail = torch.zeros(self.tail.num_rows, self.tail.longest, dtype=torch.bool)
-        for r, sealed in enumerate(self.num_sealed):
-            whole = keep[r, :sealed].unflatten(0, (-1, self.codec.unit))
-            assert bool((whole == whole[:, :1]).all()), "a sealed unit can only be kept or evicted whole"
-            units[r, : whole.shape[0]] = whole[:, 0]
-            tail[r, : self.tail.lengths[r]] = keep[r, sealed : sealed + self.tail.lengths[r]]
-        if self.sealed.columns:
-            self.sealed.take(units, -(-spare // self.codec.unit))
-        self.tail.take(tail)
-
-    def operand(self, begin: Sequence[int], sealed: bool) -> Operand:
-        """Rows from entry ``begin[r]`` on, which all lie in the sealed part or all in the tail."""
-        if sealed:
-            return self.codec.operand(self.sealed.columns, self.sealed.starts, begin)
-        offsets = [s + b - n for s, b, n in zip(self.tail.starts, begin, self.num_sealed, strict=True)]
-        return DenseOperand(self.tail.columns["data"], offsets)
-
-    def share(self) -> "CodecStore":
-        other = object.__new__(CodecStore)
-        other.codec, other.sealed, other.tail = self.codec, self.sealed.share(), self.tail.share()
-        return other
+from kvbudget.segments.store import FIRST, SEALED, TAIL, CodecStore
 
 
 class QuantizedSegment(Segment):
     """Keys and values behind codecs that may differ in bits, axis and residual window (KIVI's two tails).
 
     ``balance [R, D]``, if given, multiplies keys before coding and divides queries (MiKV's channel balancer): logits are
-    unchanged but for the coding error.
+    unchanged but for the coding error. ``rotation`` is the layer's, for codecs of keys before RoPE.
     """
 
-    def __init__(self, num_rows: int, key_codec: Codec, value_codec: Codec, balance: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        key_codec: Codec,
+        value_codec: Codec,
+        balance: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> None:
+        assert rotation is not None or not key_codec.before_rope, "keys before RoPE need the layer's rotation"
         self.meta = RaggedTable(num_rows)
-        self.key = CodecStore(num_rows, key_codec)
-        self.value = CodecStore(num_rows, value_codec)
+        self.key = CodecStore(num_rows, key_codec, self.meta, rotation if key_codec.before_rope else None)
+        self.value = CodecStore(num_rows, value_codec, self.meta)
         self.unit = max(key_codec.unit, value_codec.unit)
         self.balance = balance
 
     @property
     def sealed(self) -> list[int]:
-        keys = self.key.num_sealed if self.key.codec.unit > 1 else [0] * self.num_rows
-        values = self.value.num_sealed if self.value.codec.unit > 1 else [0] * self.num_rows
+        keys = self.key.coded if self.key.codec.unit > 1 else [0] * self.num_rows
+        values = self.value.coded if self.value.codec.unit > 1 else [0] * self.num_rows
         return [max(k, v) for k, v in zip(keys, values, strict=True)]
 
     def append(self, key: Tensor, value: Tensor, meta: Mapping[str, Tensor], counts: Sequence[int]) -> None:
@@ -120,9 +51,10 @@ class QuantizedSegment(Segment):
         self.key.append(key, counts)
         self.value.append(value, counts)
 
-    def seal(self) -> None:
-        self.key.seal()
-        self.value.seal()
+    def seal(self, asked: Asked | None = None) -> None:
+        salience = self._salience(asked) if asked is not None else None
+        self.key.seal(asked, salience)
+        self.value.seal(asked, salience)
 
     def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
         query = self._balanced(query)
@@ -140,6 +72,10 @@ class QuantizedSegment(Segment):
         keys = self.key.padded()
         return keys if self.balance is None else keys / self.balance[:, None].to(keys.dtype)
 
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        keys = self.key.rows(row, begin, end)
+        return keys if self.balance is None else keys / self.balance[row].to(keys.dtype)
+
     def values(self) -> Tensor:
         return self.value.padded()
 
@@ -153,6 +89,8 @@ class QuantizedSegment(Segment):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)
+        self.key.select_rows(rows)
+        self.value.select_rows(rows)
         if self.balance is not None:
             self.balance = self.balance[list(rows)]
 
@@ -164,17 +102,15 @@ class QuantizedSegment(Segment):
 
     def truncate(self, lengths: Sequence[int]) -> None:
         for store in (self.key, self.value):
-            store.tail.truncate([n - s for n, s in zip(lengths, store.num_sealed, strict=True)])
+            store.tail.truncate([n - s for n, s in zip(lengths, store.coded, strict=True)])
         self.meta.truncate(lengths)
 
     def can_truncate(self, lengths: Sequence[int]) -> bool:
-        return all(n >= max(k, v) for n, k, v in zip(lengths, self.key.num_sealed, self.value.num_sealed, strict=True))
+        return all(n >= max(k, v) for n, k, v in zip(lengths, self.key.coded, self.value.coded, strict=True))
 
     def branch(self, hard: bool) -> Segment:
         """What is coded on both sides stays shared; the rest, full-precision tails included, moves to the branch."""
-        coded = [
-            min(k, v) // self.unit * self.unit for k, v in zip(self.key.num_sealed, self.value.num_sealed, strict=True)
-        ]
+        coded = [min(k, v) // self.unit * self.unit for k, v in zip(self.key.coded, self.value.coded, strict=True)]
         if hard or not self.shared or not any(coded):
             return self
         other = self.share()
@@ -182,8 +118,8 @@ class QuantizedSegment(Segment):
         other.take(~first & self.meta.valid())
         self.meta.truncate(coded)
         for store in (self.key, self.value):
-            store.sealed.truncate([n // store.codec.unit for n in coded])
-            store.tail.take(torch.zeros(self.num_rows, store.tail.longest, dtype=torch.bool))
+            units = [(n - f) // store.codec.unit for n, f in zip(coded, store.first.lengths, strict=True)]
+            store.keep_sealed(units)
         return other
 
     def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
@@ -191,26 +127,40 @@ class QuantizedSegment(Segment):
             assert isinstance(segment, QuantizedSegment) and not self.key.tail.total and not self.value.tail.total
             self.meta.append({name: segment.meta.flat(name) for name in segment.meta.columns}, segment.lengths)
             for mine, theirs in ((self.key, segment.key), (self.value, segment.value)):
-                codes = theirs.sealed
-                mine.sealed.append({name: codes.flat(name) for name in codes.columns}, codes.lengths)
-                mine.tail = theirs.tail
+                mine.absorb(theirs)
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         self.meta.limits = None if limits is None else list(limits)
         for store in (self.key, self.value):
-            store.sealed.limits = None if limits is None else [-(-n // store.codec.unit) for n in limits]
+            store.set_limits(limits)
 
     def tables(self) -> list[RaggedTable]:
-        return [self.meta, self.key.sealed, self.key.tail, self.value.sealed, self.value.tail]
+        return [self.meta, *self.key.tables, *self.value.tables]
 
     def tensors(self) -> list[Tensor]:
-        return super().tensors() + ([] if self.balance is None else [self.balance])
+        states = [*self.key.state.values(), *self.value.state.values()]
+        return super().tensors() + states + ([] if self.balance is None else [self.balance])
+
+    def share(self) -> Segment:
+        other = super().share()
+        assert isinstance(other, QuantizedSegment)
+        other.key.meta = other.value.meta = other.meta
+        return other
+
+    def sides(self) -> tuple[Side, Side] | None:
+        if self.balance is not None or "count" in self.meta.columns or not self.meta.columns:
+            return None
+        key, value = self.key.side(), self.value.side()
+        return None if key is None or value is None else (key, value)
 
     def parts(self) -> dict[str, int]:
-        parts = {"keys": 0, "values": 0, "codec metadata": 0, "tails": self.key.tail.nbytes + self.value.tail.nbytes}
+        tails = [table.nbytes for store in (self.key, self.value) for table in (store.first, store.tail)]
+        parts = {"keys": 0, "values": 0, "codec metadata": 0, "tails": sum(tails)}
         for side, store in (("keys", self.key), ("values", self.value)):
             for name, column in store.sealed.columns.items():
                 parts[side if name == "codes" else "codec metadata"] += column.untyped_storage().nbytes()
+            parts[side] += store.payload.nbytes
+            parts["codec metadata"] += sum(column.untyped_storage().nbytes() for column in store.state.values())
         if self.balance is not None:
             parts["codec metadata"] += self.balance.untyped_storage().nbytes()
         for name, column in self.meta.columns.items():
@@ -225,38 +175,47 @@ class QuantizedSegment(Segment):
     def _balanced(self, query: Tensor) -> Tensor:
         return query if self.balance is None else query / self.balance[:, None].to(query.dtype)
 
+    def _salience(self, asked: Asked) -> Tensor | None:
+        """What the first codec that judges says of the entries that are due, which are the same for keys and values."""
+        judges = [store.codec for store in (self.key, self.value) if store.codec.judges]
+        due = self.key.due()
+        if not judges or not any(due):
+            return None
+        assert due == self.value.due(), "a codec that judges needs the same tails for keys and values"
+        found = []
+        for r, count in enumerate(due):
+            begin = self.key.coded[r] + (0 if self.key.started[r] else self.key.codec.sinks)
+            positions = self.meta.row("position", r)[begin : begin + count]
+            keys = self.row_keys(r, begin, begin + count)
+            found.append(judges[0].judge(asked, r, keys, positions) if count else keys.new_zeros(0).float())
+        return torch.cat(found)
+
     def _ranges(self, ctx: AttendContext) -> Iterator[tuple[Operand, Operand, list[int], dict]]:
-        """Cuts the entries where the storage of keys or values changes: both sealed, one sealed, both in the tail."""
-        keys, values, lengths = self.key.num_sealed, self.value.num_sealed, self.lengths
-        lower = [min(k, v) for k, v in zip(keys, values, strict=True)]
-        upper = [max(k, v) for k, v in zip(keys, values, strict=True)]
-        key_end = [max(k, low) for k, low in zip(keys, lower, strict=True)]
-        cuts = [
-            ([0] * len(lower), lower, True, True, 0),
-            (lower, key_end, True, False, 0),
-            (key_end, upper, False, True, 0),
-            (upper, lengths, False, False, ctx.causal_tail),
-        ]
+        """Cuts the entries where the storage of keys or values changes, in order: parts of the keys by parts of the values."""
         table = self.meta
         empty = True
-        for begin, end, key_sealed, value_sealed, causal_tail in cuts:
-            sizes = [e - b for b, e in zip(begin, end, strict=True)]
+        for key_part, value_part in product((FIRST, SEALED, TAIL), repeat=2):
+            rows = list(zip(self.key.bounds(key_part), self.value.bounds(value_part), strict=True))
+            begin = [max(k[0], v[0]) for k, v in rows]
+            sizes = [max(0, min(k[1], v[1]) - b) for (k, v), b in zip(rows, begin, strict=True)]
             if not any(sizes):
                 continue
             empty = False
+            key_begin = [b - k[0] if n else 0 for (k, _), b, n in zip(rows, begin, sizes, strict=True)]
+            value_begin = [b - v[0] if n else 0 for (_, v), b, n in zip(rows, begin, sizes, strict=True)]
             yield (
-                self.key.operand(begin, key_sealed),
-                self.value.operand(begin, value_sealed),
+                self.key.operand(key_begin, key_part),
+                self.value.operand(value_begin, value_part),
                 sizes,
                 {
                     "scale": ctx.scale,
                     "softcap": ctx.softcap,
                     "window": ctx.window,
-                    "causal_tail": causal_tail,
+                    "causal_tail": ctx.causal_tail if key_part == value_part == TAIL else 0,
                     "query_positions": ctx.query_positions,
                     "positions": table.columns["position"],
                     "log_count": table.columns["count"].clamp_min(1e-30).log() if "count" in table.columns else None,
-                    "entry_starts": [s + b for s, b in zip(table.starts, begin, strict=True)],
+                    "entry_starts": [s + min(b, n) for s, b, n in zip(table.starts, begin, table.lengths, strict=True)],
                 },
             )
         if empty:

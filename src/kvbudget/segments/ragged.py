@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ def ranges(
     return torch.cat([torch.arange(b, b + n, dtype=dtype, device=device) for b, n in rows])
 
 
+class Columns(dict[str, Tensor]):
+    """Columns by name; ``version`` is another object after every assignment, so that addresses can be kept until then."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.version = object()
+
+    def __setitem__(self, name: str, column: Tensor) -> None:
+        super().__setitem__(name, column)
+        self.version = object()
+
+
 class RaggedTable:
     """Named columns over R rows of different lengths.
 
@@ -47,7 +60,7 @@ class RaggedTable:
         self.lengths = [0] * num_rows
         self.capacities = [0] * num_rows
         self.starts = [0] * num_rows
-        self.columns: dict[str, Tensor] = {}
+        self.columns = Columns()
         self.borrowed: set[str] = set()
         self.limits: list[int] | None = None
         self.step = step
@@ -242,7 +255,7 @@ class RaggedTable:
         self.reserve(self.lengths)
         other = RaggedTable(self.num_rows, self.step)
         other.lengths, other.capacities, other.starts = list(self.lengths), list(self.capacities), list(self.starts)
-        other.columns, other.limits = dict(self.columns), None if self.limits is None else list(self.limits)
+        other.columns, other.limits = Columns(self.columns), None if self.limits is None else list(self.limits)
         self.borrowed, other.borrowed = set(self.columns), set(self.columns)
         return other
 

@@ -8,24 +8,19 @@
 #include <string>
 #include <vector>
 
-#include "driver.h"
+#include "lane.h"
 
 namespace nb = nanobind;
+using kvbudget::Integers;
 using kvbudget::Job;
+using kvbudget::Lists;
 using kvbudget::Operand;
 
 namespace {
 
-using Integers = std::vector<int64_t>;
-
 const kvbudget::Kernels* kernels = kvbudget::best_kernels();
 
 const uint8_t* address(const nb::handle& h) { return reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(h)); }
-
-// The integers of an operand, which must outlive the call.
-struct Lists {
-  Integers starts, skip, index_starts;
-};
 
 // (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book), where book is () or
 // (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift)
@@ -159,6 +154,62 @@ void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lse
   kvbudget::merge(floats(outs), floats(lses), queries, width, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse));
 }
 
+// (sealed operand, entries per sealed cell, tail operand); an operand that is missing is ().
+void side(const nb::tuple& t, kvbudget::Side& x) {
+  const nb::tuple sealed = nb::cast<nb::tuple>(t[0]), tail = nb::cast<nb::tuple>(t[2]);
+  if (sealed.size()) x.sealed = operand(sealed, x.sealed_lists);
+  x.unit = nb::cast<int64_t>(t[1]);
+  if (tail.size()) x.tail = operand(tail, x.tail_lists);
+}
+
+// portions: (key side, value side, starts, positions) per segment; room: entries, key tail and value tail cells per row of the
+// last segment; zeroed: addresses of its columns that begin with zero.
+kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Integers& entries, const Integers& keys,
+                     const Integers& values, const std::vector<uintptr_t>& zeroed) {
+  std::vector<kvbudget::Portion> made;
+  for (const nb::handle item : portions) {
+    const nb::tuple t = nb::cast<nb::tuple>(item);
+    kvbudget::Portion& p = made.emplace_back();
+    side(nb::cast<nb::tuple>(t[0]), p.key);
+    side(nb::cast<nb::tuple>(t[1]), p.value);
+    p.starts = nb::cast<Integers>(t[2]);
+    p.positions = address(t[3]);
+  }
+  kvbudget::Room room{entries, keys, values, {}};
+  for (const uintptr_t column : zeroed) room.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
+  return new kvbudget::Lane(rows, queries, std::move(made), std::move(room));
+}
+
+// held: (sealed key cells, sealed value cells, entries) per segment, each a list per row or () for none at all.
+// tensors: (query, key, value, type, out, lse or 0).
+bool lane_step(kvbudget::Lane& lane, const nb::tuple& tensors, const nb::list& held, const Integers& positions, float scale,
+               float softcap, int64_t window, bool keep_logits, int threads) {
+  if (held.size() != lane.portions.size()) throw std::invalid_argument("as many segments as the lane was made for are needed");
+  for (size_t i = 0; i < held.size(); ++i) {
+    const nb::tuple t = nb::cast<nb::tuple>(held[i]);
+    kvbudget::Portion& p = lane.portions[i];
+    p.key_cells = nb::cast<Integers>(t[0]);
+    p.value_cells = nb::cast<Integers>(t[1]);
+    p.lengths = nb::cast<Integers>(t[2]);
+    p.key_cells.resize(p.lengths.size());
+    p.value_cells.resize(p.lengths.size());
+  }
+  const kvbudget::Step step{address(tensors[0]), address(tensors[1]), address(tensors[2]),
+                            static_cast<kvbudget::Type>(nb::cast<int>(tensors[3])), scale, softcap, window, positions,
+                            reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(tensors[4])),
+                            reinterpret_cast<float*>(nb::cast<uintptr_t>(tensors[5])), keep_logits};
+  nb::gil_scoped_release release;
+  return lane.step(*kernels, step, threads);
+}
+
+bool lane_accumulate(const kvbudget::Lane& lane, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
+                     float factor, int threads) {
+  std::vector<float*> columns;
+  for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
+  nb::gil_scoped_release release;
+  return lane.accumulate(*kernels, static_cast<size_t>(first), columns, decay, factor, threads);
+}
+
 bool use(const std::string& name) {
   const kvbudget::Kernels* found = kvbudget::named_kernels(name.c_str());
   if (found) kernels = found;
@@ -175,6 +226,10 @@ NB_MODULE(_native, m) {
   m.def("encode", &encode);
   m.def("merge", &merge);
   m.def("scatter", &scatter);
+  nb::class_<kvbudget::Lane>(m, "Lane")
+      .def(nb::new_(&lane))
+      .def("step", &lane_step)
+      .def("accumulate", &lane_accumulate);
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }

@@ -1,0 +1,144 @@
+"""Codes of different width from entry to entry: packed into bytes one after the other, and bits chosen by salience."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvbudget.codecs.base import Asked, Codec, Place, Scope
+from kvbudget.codecs.integer import check_bits
+from kvbudget.kernels.encode import HALF_MAX, quantize
+from kvbudget.kernels.reference import pack, packed_width, unpack
+
+
+def pack_levels(codes: Tensor, bits: Tensor) -> Tensor:
+    """Packs codes ``[N, D]`` of ``bits [N]`` each (0: nothing) into flat bytes, entry after entry."""
+    sizes = bits.long() * codes.shape[-1] // 8
+    begins = sizes.cumsum(0) - sizes
+    payload = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=codes.device)
+    for width in bits.unique().tolist():
+        if width:
+            chosen = bits == width
+            packed = pack(codes[chosen], width)
+            payload[begins[chosen][:, None] + torch.arange(packed.shape[-1], device=codes.device)] = packed
+    return payload
+
+
+def unpack_levels(payload: Tensor, bits: Tensor, width: int) -> Tensor:
+    """Inverse of `pack_levels`: uint8 codes ``[N, width]``, zeros where an entry has no bits."""
+    sizes = bits.long() * width // 8
+    begins = sizes.cumsum(0) - sizes
+    codes = torch.zeros(len(bits), width, dtype=torch.uint8, device=payload.device)
+    for level in bits.unique().tolist():
+        if level:
+            chosen = bits == level
+            at = begins[chosen][:, None] + torch.arange(packed_width(width, level), device=payload.device)
+            codes[chosen] = unpack(payload[at], level, width)
+    return codes
+
+
+@dataclass(frozen=True)
+class Levels(Codec):
+    """Codes whose width is a column of their entry, ``bits`` uint8 ``[N]``; ``high`` is the widest."""
+
+    variable: ClassVar[bool] = True
+
+    high: int = 4
+
+    def sizes(self, columns: Mapping[str, Tensor], width: int) -> Tensor:
+        return columns["bits"].long() * width // 8
+
+    def payload_bytes(self, width: int) -> int:
+        return packed_width(width, self.high)
+
+
+@dataclass(frozen=True)
+class SalientQuant(Levels):
+    """More bits for salient entries than for others (ZipCache, arXiv 2405.14256, section 4).
+
+    Of the entries of a row that are encoded together, the ``low_share`` with the least salience get ``low`` bits and the rest
+    ``high``. ``keys`` are coded per channel with the range that the channel has in the row's first entries; ``values`` are
+    divided by ``c = sqrt(max |x|)`` of their channel in the first entries, then coded min-max per entry.
+
+    Salience is the attention of probe queries, normalized by how many of them see the entry: the newest ``probes`` of the
+    queries of the forward, and as many spread evenly over the earlier ones (the paper draws them at random). Without
+    queries (the end of a plan) the newest entries count as salient.
+    """
+
+    scope: ClassVar[Scope] = "row"
+    judges: ClassVar[bool] = True
+
+    low: int = 2
+    low_share: float = 0.4
+    probes: float = 0.05
+    side: Literal["keys", "values"] = "keys"
+
+    def __post_init__(self) -> None:
+        check_bits(self.high)
+        check_bits(self.low)
+
+    def judge(self, asked: Asked, row: int, keys: Tensor, positions: Tensor) -> Tensor:
+        steps = (asked.steps[row] >= 0).nonzero()[:, 0]
+        count = max(1, round(self.probes * len(steps)))
+        earlier = len(steps) - count
+        spread = torch.arange(min(count, earlier), device=steps.device) * earlier // max(1, min(count, earlier))
+        chosen = torch.cat([steps[spread], steps[earlier:]])
+        received = asked.weights(row, chosen, keys, positions).sum((0, 1))
+        seeing = (asked.steps[row][chosen][:, None] >= positions[None]).sum(0)
+        return received / seeing.clamp_min(1)
+
+    def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
+        x = x.float()
+        if self.side == "values":
+            channel = x.abs().amax(0).sqrt().clamp_max(HALF_MAX)
+            return {"channel": torch.where(channel > 1e-3, channel, torch.ones_like(channel)).half()}
+        low, high = (edge.clamp(-HALF_MAX, HALF_MAX).half() for edge in x.aminmax(dim=0))
+        return {"lowest": low, "highest": high}
+
+    def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
+        assert place is not None
+        x, bits = x.float(), self._bits(place)
+        if self.side == "keys":
+            low, scale = self._grid(place, bits)
+            codes = ((x - low) / scale).round().clamp_min(0).minimum((2.0 ** bits.float() - 1)[:, None])
+            return {"bits": bits, "payload": pack_levels(codes.to(torch.uint8), bits)}
+        x = x / place.of("channel").float()
+        codes = torch.zeros_like(x, dtype=torch.uint8)
+        scale, zero = (x.new_zeros(len(x), 1, dtype=torch.float16) for _ in range(2))
+        for width in {self.low, self.high}:
+            chosen = bits == width
+            codes[chosen], scale[chosen], zero[chosen] = quantize(x[chosen], width, -1)
+        return {"bits": bits, "scale": scale, "zero": zero, "payload": pack_levels(codes, bits)}
+
+    def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
+        assert place is not None
+        bits = columns["bits"]
+        codes = unpack_levels(columns["payload"], bits, place.width).float()
+        if self.side == "keys":
+            low, scale = self._grid(place, bits)
+            return codes * scale + low
+        return (codes * columns["scale"].float() + columns["zero"].float()) * place.of("channel").float()
+
+    def state_bytes(self, width: int) -> float:
+        return 4 * width if self.side == "keys" else 2 * width
+
+    def bytes_per_entry(self, width: int) -> float:
+        return packed_width(width, self.high) + 1 + (4 if self.side == "values" else 0)
+
+    def _bits(self, place: Place) -> Tensor:
+        salience = place.salience if place.salience is not None else place.positions
+        assert salience is not None
+        bits = torch.full((len(place.rows),), self.high, dtype=torch.uint8, device=place.rows.device)
+        for row in place.rows.unique():
+            mine = (place.rows == row).nonzero()[:, 0]
+            order = torch.argsort(salience[mine], stable=True)
+            bits[mine[order[: int(self.low_share * len(mine))]]] = self.low
+        return bits
+
+    def _grid(self, place: Place, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest value and step of each entry's channels."""
+        low, high = place.of("lowest").float(), place.of("highest").float()
+        scale = (high - low) / (2.0 ** bits.float() - 1)[:, None]
+        return low, torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,164 @@
+#include "lane.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace kvbudget {
+namespace {
+
+// A stretch of a portion's entries, in every row, whose keys and whose values are stored in one way each.
+struct Stretch {
+  size_t portion;
+  Integers begins, lengths;
+  size_t logits = 0;  // where its kept logits begin
+};
+
+// What the last step of this thread has kept for `accumulate`.
+struct Kept {
+  const Lane* lane = nullptr;
+  std::vector<Stretch> stretches;
+  std::vector<float> logits, lse;
+};
+thread_local Kept kept;
+
+// The entries of a row from begins[r] on, which are all sealed or all in the tail.
+Operand from(const Side& side, bool sealed, const Integers& cells, const Integers& begins, Integers& starts, Integers& skip) {
+  Operand x = sealed ? side.sealed : side.tail;
+  starts = sealed ? side.sealed_lists.starts : side.tail_lists.starts;
+  const bool skips = sealed && (x.kind == Kind::channel || x.kind == Kind::codebook);
+  if (skips) skip = begins;
+  for (size_t r = 0; r < begins.size(); ++r)
+    if (!skips) starts[r] += begins[r] - (sealed ? 0 : cells[r] * side.unit);
+  x.starts = starts.data();
+  x.skip = skips ? skip.data() : nullptr;
+  return x;
+}
+
+void write(const float* from, Type type, size_t count, uint8_t* to) {
+  if (type == Type::f32) {
+    std::memcpy(to, from, count * sizeof(float));
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(to);
+  for (size_t i = 0; i < count; ++i) {  // bf16, to nearest even; attention outputs are finite unless their values are not
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    out[i] = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+}  // namespace
+
+bool Lane::append(const Step& step) {
+  Portion& last = portions.back();
+  for (int r = 0; r < rows_; ++r) {
+    const int64_t n = last.lengths[r];
+    if (n >= room_.entries[r] || n - last.key_cells[r] * last.key.unit >= room_.keys[r] ||
+        n - last.value_cells[r] * last.value.unit >= room_.values[r])
+      return false;
+  }
+  const auto store = [](const Side& side, const Integers& cells, int64_t n, int r, const uint8_t* from) {
+    const int64_t at = side.tail_lists.starts[r] + n - cells[r] * side.unit;
+    const size_t bytes = static_cast<size_t>(side.tail.stride);
+    std::memcpy(const_cast<uint8_t*>(side.tail.data) + static_cast<size_t>(at) * bytes, from + r * bytes, bytes);
+  };
+  for (int r = 0; r < rows_; ++r) {
+    const int64_t n = last.lengths[r]++, at = last.starts[r] + n;
+    store(last.key, last.key_cells, n, r, step.key);
+    store(last.value, last.value_cells, n, r, step.value);
+    const int32_t position = static_cast<int32_t>(step.positions[r]);
+    std::memcpy(const_cast<uint8_t*>(last.positions) + at * sizeof position, &position, sizeof position);
+    for (uint8_t* column : room_.zeroed) std::memset(column + at * 4, 0, 4);
+  }
+  return true;
+}
+
+bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
+  if (!append(step)) return false;
+  kept.lane = nullptr;
+  kept.stretches.clear();
+  const int width = portions.back().value.tail.width, M = queries_;
+  Job job{};
+  job.query = step.query;
+  job.query_type = step.type;
+  job.rows = rows_, job.queries = M, job.steps = 1;
+  job.scale = step.scale, job.softcap = step.softcap;
+  // A window that covers everything held need not be looked at.
+  for (int r = 0; r < rows_; ++r) {
+    int64_t held = 0;
+    for (const Portion& p : portions) held += p.lengths[r];
+    if (held > step.window) job.window = step.window;
+  }
+  job.query_positions = step.positions.data();
+
+  const auto cells = static_cast<size_t>(rows_) * M;
+  std::vector<std::vector<float>> outs, lses;
+  Integers key_starts, key_skip, value_starts, value_skip, entry_starts;
+  size_t logits = 0;
+  for (size_t i = 0; i < portions.size(); ++i) {
+    const Portion& p = portions[i];
+    // Cut where the storage of keys or of values changes.
+    Integers lower(rows_), middle(rows_), upper(rows_);
+    for (int r = 0; r < rows_; ++r) {
+      const int64_t k = p.key_cells[r] * p.key.unit, v = p.value_cells[r] * p.value.unit;
+      lower[r] = std::min(k, v), middle[r] = std::max(k, lower[r]), upper[r] = std::max(k, v);
+    }
+    const Integers none(rows_);
+    const Integers* cuts[] = {&none, &lower, &middle, &upper, &p.lengths};
+    for (int c = 0; c < 4; ++c) {
+      Stretch stretch{i, *cuts[c], *cuts[c + 1], logits};
+      size_t total = 0;
+      for (int r = 0; r < rows_; ++r) total += static_cast<size_t>(stretch.lengths[r] -= stretch.begins[r]);
+      if (!total) continue;
+      job.key = from(p.key, c < 2, p.key_cells, stretch.begins, key_starts, key_skip);
+      job.value = from(p.value, c == 0 || c == 2, p.value_cells, stretch.begins, value_starts, value_skip);
+      entry_starts = p.starts;
+      for (int r = 0; r < rows_; ++r) entry_starts[r] += stretch.begins[r];
+      job.entry_starts = entry_starts.data();
+      job.positions = p.positions;
+      job.lengths = stretch.lengths.data();
+      outs.emplace_back(cells * width);
+      lses.emplace_back(cells);
+      if (step.keep_logits && kept.logits.size() < logits + total * M) kept.logits.resize(logits + total * M);
+      attend(kernels, job, threads, outs.back().data(), lses.back().data(), step.keep_logits ? kept.logits.data() + logits : nullptr);
+      logits += total * M;
+      kept.stretches.push_back(std::move(stretch));
+    }
+  }
+  std::vector<float>&out = outs[0], &lse = lses[0];
+  if (outs.size() > 1) {
+    std::vector<const float*> some, their;
+    for (size_t i = 0; i < outs.size(); ++i) some.push_back(outs[i].data()), their.push_back(lses[i].data());
+    std::vector<float> joined(cells * width), together(cells);
+    merge(some, their, static_cast<int64_t>(cells), width, joined.data(), together.data());
+    out.swap(joined), lse.swap(together);
+  }
+  write(out.data(), step.type, cells * width, step.out);
+  if (step.lse) std::copy_n(lse.data(), cells, step.lse);
+  if (step.keep_logits) kept.lane = this, kept.lse.swap(lse);
+  return true;
+}
+
+bool Lane::accumulate(const Kernels& kernels, size_t first, const std::vector<float*>& states, const std::vector<float>& decay,
+                      float factor, int threads) const {
+  if (kept.lane != this) return false;
+  std::vector<float> sums;
+  for (const Stretch& stretch : kept.stretches) {
+    if (stretch.portion < first) continue;
+    size_t total = 0;
+    for (const int64_t n : stretch.lengths) total += static_cast<size_t>(n);
+    if (sums.size() < total) sums.resize(total);
+    mass_of_logits(kernels, rows_, queries_, stretch.lengths.data(), threads, kept.logits.data() + stretch.logits, kept.lse.data(),
+                   sums.data());
+    const float* sum = sums.data();
+    for (int r = 0; r < rows_; ++r) {
+      float* state = states[stretch.portion - first] + portions[stretch.portion].starts[r] + stretch.begins[r];
+      for (int64_t t = 0; t < stretch.lengths[r]; ++t) state[t] = decay[r] * state[t] + factor * *sum++;
+    }
+  }
+  return true;
+}
+
+}  // namespace kvbudget

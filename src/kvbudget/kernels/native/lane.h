@@ -1,0 +1,73 @@
+// A decode step of one layer, prepared: a new entry for every row, and one query step over all that the layer holds.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "driver.h"
+
+namespace kvbudget {
+
+using Integers = std::vector<int64_t>;
+
+// The integers of an operand, which point into here.
+struct Lists {
+  Integers starts, skip, index_starts;
+};
+
+// Keys or values of a segment: sealed cells of `unit` entries each behind a codec, then full-precision entries. Without
+// data an operand is missing.
+struct Side {
+  Operand sealed{}, tail{};
+  Lists sealed_lists, tail_lists;
+  int64_t unit = 1;
+};
+
+// A segment: where its entries lie, and what `step` is told each time: sealed cells per row, and entries per row.
+struct Portion {
+  Side key, value;
+  Integers starts;  // of positions (and of all else that is kept per entry)
+  const uint8_t* positions = nullptr;
+  Integers key_cells, value_cells, lengths;
+};
+
+// Where new entries go: the last portion's tables, each with its cells' room per row, and its per-entry columns of 4 bytes.
+struct Room {
+  Integers entries, keys, values;
+  std::vector<uint8_t*> zeroed;
+};
+
+struct Step {
+  const uint8_t *query, *key, *value;  // [rows, M, D], [rows, D], [rows, Dv]
+  Type type;                           // of the three and of out
+  float scale, softcap;
+  int64_t window;
+  Integers positions;  // of the new entries, per row
+  uint8_t* out;        // [rows, M, Dv]
+  float* lse;          // [rows, M] or null
+  bool keep_logits;
+};
+
+class Lane {
+ public:
+  Lane(int rows, int queries, std::vector<Portion> portions, Room room)
+      : portions(std::move(portions)), rows_(rows), queries_(queries), room_(std::move(room)) {}
+
+  // Stores the new entries and attends; false, with nothing done, where a row has no room left.
+  bool step(const Kernels&, const Step&, int threads);
+
+  // state <- decay[r] * state + factor * (attention weight, summed over the last step's queries) for every entry of the
+  // portions from `first` on, whose states begin like their positions; false where another step has come between.
+  bool accumulate(const Kernels&, size_t first, const std::vector<float*>& states, const std::vector<float>& decay, float factor,
+                  int threads) const;
+
+  std::vector<Portion> portions;
+
+ private:
+  bool append(const Step&);
+
+  int rows_, queries_;
+  Room room_;
+};
+
+}  // namespace kvbudget

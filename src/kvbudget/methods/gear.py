@@ -1,0 +1,58 @@
+"""GEAR: integer codes, sparse outliers and a low-rank term for what they miss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvbudget.codecs.base import Codec
+from kvbudget.codecs.integer import ChannelQuant, TokenQuant, check_bits
+from kvbudget.codecs.low_rank import LowRank
+from kvbudget.codecs.sparse import Outliers
+from kvbudget.errors import PolicyError
+from kvbudget.policy.base import Recipe
+
+
+@dataclass(frozen=True)
+class Gear(Recipe):
+    """Codes what is left after its outliers as KIVI does, and adds a rank-``rank`` term for the error of the codes.
+
+    Paper: Kang et al., arXiv 2403.05527, 2024. Per KV head ``X = codes + sparse + low rank``: outliers are the largest and
+    smallest elements per channel of a group of keys and per entry of values; ``sparsity=0`` is the paper's GEAR-L. Every
+    ``group`` new tokens are coded together. Here one basis serves a KV head from its first coded entries on, and later
+    entries add their coefficients; the paper gives each batch of tokens factors of its own (of rank 2 after the prompt).
+    True bits per element: ``bits + 32 / group`` (values: over a head at most), 24 per outlier and ``16 rank / head_dim``.
+    Claim: near-lossless at 4 bits, and at 2 bits with these groups.
+
+    Attributes:
+        bits: code width (1, 2, 3, 4 or 8; paper: 4 or 2).
+        group: entries per key group, channels per value group, and tokens that are coded together (paper: 64).
+        sparsity: share of the elements that are outliers, at least two of a vector (0: none; paper: 0.02).
+        rank: of the error term, per KV head (0: none; paper: 4).
+    """
+
+    name = "gear"
+    role = "codec"
+    phase = "prefill and decode"
+    paper = "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM, arXiv 2403.05527, 2024"
+    lossless_when_fits = False
+    prefix_reusable = True
+
+    bits: int = 4
+    group: int = 64
+    sparsity: float = 0.02
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sparsity > 0.5 or not 0 < self.group <= 256:
+            raise PolicyError(f"gear: sparsity={self.sparsity} and group={self.group} must be at most 0.5 and 256")
+        self.parts()
+
+    def parts(self) -> dict[str, Any]:
+        check_bits(self.bits)
+        keys: Codec = ChannelQuant(bits=self.bits, unit=self.group, residual=self.group)
+        values: Codec = TokenQuant(bits=self.bits, group=self.group, residual=self.group, cyclic=True)
+        if self.sparsity:
+            keys = Outliers(base=keys, share=self.sparsity, axis="unit")
+            values = Outliers(base=values, share=self.sparsity, axis="entry")
+        if self.rank:
+            keys, values = LowRank(base=keys, rank=self.rank), LowRank(base=values, rank=self.rank)
+        return {"codec": (keys, values)}

@@ -1,0 +1,98 @@
+"""Lane: a layer's decode step as one native call, prepared once and good until one of its storages moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvbudget import kernels
+from kvbudget.segments.base import Segment
+
+
+class Lane:
+    """Appends one entry to every row of the last of ``segments`` and attends to all that they hold.
+
+    It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front`` of
+    the segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where
+    the segments cannot be served, `step` says None until something moves, and whoever asks takes the longer way.
+    """
+
+    def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
+        found = [segment.sides() for segment in segments]
+        sides = [pair for pair in found if pair is not None]
+        self.segments, self.main = segments, segments[front:]
+        self.front = front
+        self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
+        self.handle = None
+        self.kept, self.wanted = False, wanted
+        if len(sides) < len(segments):
+            return
+        self.held = [(k.cells, v.cells, s.meta) for s, (k, v) in zip(segments, sides, strict=True)]
+        newest = segments[-1].meta
+        key, value = sides[-1]
+        self.grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
+        self.dtype = key.tail.data.dtype
+        self.width = value.tail.data.shape[-1]
+        if value.tail.data.dtype is not self.dtype:
+            return
+        states = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
+        portions = [
+            (k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"])
+            for segment, (k, v) in zip(segments, sides, strict=True)
+        ]
+        room = (newest.capacities, key.table.capacities, value.table.capacities)
+        self.handle = kernels.lane(newest.num_rows, queries, portions, room, states, self.dtype)
+
+    def fits(self, segments: list[Segment]) -> bool:
+        """Whether these are its segments, and every storage is where it was."""
+        return segments == self.segments and all(table.columns.version is version for table, version in self.versions)
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Sequence[int],
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
+
+        ``seen`` are the positions of the new entries per row. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
+        ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot.
+        """
+        self.kept = False
+        if self.handle is None or not query.dtype is key.dtype is value.dtype is self.dtype:
+            return None
+        if not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous()):
+            return None
+        for table in self.grown:
+            if table.borrowed:
+                return None
+        batch, heads = query.shape[:2]
+        out = torch.empty(batch, heads, 1, self.width, dtype=self.dtype)
+        lse = torch.empty(batch, heads, 1)
+        held = [
+            (() if k is None else k.lengths, () if v is None else v.lengths, meta.lengths) for k, v, meta in self.held
+        ]
+        if not self.handle.step(query, key, value, held, seen, scale, softcap, window, out, lse, self.wanted):
+            return None
+        for table in self.grown:
+            table.lengths = [n + 1 for n in table.lengths]
+        self.kept = self.wanted
+        return out, lse
+
+    def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:
+        """Adds the attention mass of the last step to a state column, as `Segment.add_to_state` does; False where it cannot.
+
+        The first time it only takes note, so that later steps keep their logits.
+        """
+        self.wanted = True
+        if not self.kept or self.handle is None:
+            return False
+        if any(name not in segment.meta.columns or name in segment.meta.borrowed for segment in self.main):
+            return False
+        return self.handle.accumulate(self.front, [s.meta.columns[name] for s in self.main], decay, factor)

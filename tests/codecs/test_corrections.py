@@ -1,0 +1,59 @@
+"""Outliers and low-rank terms: what they recover, and that they never hurt what the codes alone give."""
+
+import torch
+
+from kvbudget.codecs.base import Codec, alone
+from kvbudget.codecs.integer import ChannelQuant, TokenQuant
+from kvbudget.codecs.low_rank import LowRank
+from kvbudget.codecs.sparse import Outliers
+from kvbudget.methods import parse
+
+
+def error(codec: Codec, x: torch.Tensor) -> float:
+    place = alone(codec, x)
+    return float((codec.decode(codec.encode(x, place), place) - x).square().mean())
+
+
+def heavy(count: int, width: int) -> torch.Tensor:
+    """Normal data with some outliers and a few strong directions."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, width, generator=generator)
+    x += torch.randn(count, 3, generator=generator) @ torch.randn(3, width, generator=generator) * 2
+    return torch.where(torch.rand(count, width, generator=generator) < 0.01, x * 8, x)
+
+
+def test_a_full_rank_term_is_exact():
+    x = torch.randn(64, 16)
+    for base in (TokenQuant(bits=2, group=16), ChannelQuant(bits=2, unit=64, residual=64)):
+        assert error(LowRank(base=base, rank=16), x) < 1e-5 < 1e-3 < error(base, x)
+
+
+def test_the_low_rank_term_is_the_best_of_its_rank():
+    x, base = heavy(128, 32), TokenQuant(bits=2, group=32)
+    residual = (x - base.decode(base.encode(x))).double()
+    best = torch.linalg.svdvals(residual)[4:].square().sum() / residual.numel()
+    assert abs(error(LowRank(base=base, rank=4), x) / float(best) - 1) < 0.01
+
+
+def test_every_correction_lowers_the_error():
+    x = heavy(256, 64)
+    for side in (0, 1):
+        policies = ("gear(bits=2)", "gear(bits=2, sparsity=0)", "gear(bits=2, sparsity=0, rank=0)")
+        found = [error(parse(policy).parts().codec[side], x) for policy in policies]
+        assert found == sorted(found) and found[0] < 0.8 * found[2], found
+
+
+def test_outliers_are_exact_in_half_precision_on_either_axis():
+    x = heavy(32, 16)
+    for axis, dim, base in (("entry", 1, TokenQuant(bits=2, group=16)), ("unit", 0, ChannelQuant(bits=2, unit=32))):
+        codec = Outliers(base=base, share=0.2, axis=axis)
+        found = codec.decode(codec.encode(x))
+        ends = torch.cat([x.topk(2, dim=dim).indices, x.topk(2, dim=dim, largest=False).indices], dim=dim)
+        torch.testing.assert_close(found.gather(dim, ends), x.gather(dim, ends).half().float(), atol=0, rtol=0)
+
+
+def test_true_bits_are_the_formulas():
+    keys, values = parse("gear(bits=2, group=64, rank=4)").parts().codec
+    # One outlier at each end of 64 elements: 24 bits each (the paper counts 32 and 2%).
+    assert keys.bytes_per_entry(128) * 8 / 128 == 2 + 32 / 64 + 2 * 24 / 64 + 16 * 4 / 128
+    assert values.bytes_per_entry(128) * 8 / 128 == 2 + 32 / 64 + 2 * 24 / 128 + 16 * 4 / 128

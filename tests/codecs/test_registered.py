@@ -1,0 +1,130 @@
+"""Every codec of the registry: deterministic, finite on constant data, of the size it says, and right through the cache."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbudget.cache import KVCache
+from kvbudget.codecs.base import Codec, alone
+from kvbudget.methods import parse, registry
+from kvbudget.models import fingerprint
+from kvbudget.policy.artifact import Artifact
+from tiny import left_padded, random_text, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+from test_registry import feed
+
+# Codecs as they fit texts of some hundred tokens; the others are taken with their defaults.
+SMALL = {
+    "kivi": "kivi(group=16, residual=16)",
+    "gear": "gear(group=16)",
+    "zipcache": "zipcache(gap=20)",
+    "qaq": "qaq(residual=16)",
+}
+# Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
+ARTIFACTS: dict[str, dict[str, Tensor]] = {
+    "kvquant": {
+        "offset": torch.zeros(2, 2, 16),
+        "spread": torch.full((2, 2, 16), 3.0),
+        "keys_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
+        "values_3": torch.linspace(-1, 1, 8).expand(2, 2, 8),
+    },
+}
+CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
+FREE = [name for name in CODECS if "calibration" not in registry()[name].needs]
+
+
+@pytest.fixture(autouse=True)
+def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    for method, tensors in ARTIFACTS.items():
+        Artifact(method, mark(), tensors, {}).save()
+
+
+@cache
+def mark() -> str:
+    return fingerprint(tiny_model("llama"))
+
+
+def sides(name: str) -> list[Codec]:
+    codec = parse(SMALL.get(name, name)).parts().codec
+    assert codec is not None
+    return list(codec)
+
+
+def stored_bytes(columns: dict[str, Tensor]) -> int:
+    return sum(column.untyped_storage().nbytes() for column in columns.values())
+
+
+@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize("name", FREE)
+def test_deterministic_finite_and_of_its_size(name, width):
+    generator = torch.Generator().manual_seed(width)
+    for codec in sides(name):
+        count = 3 * codec.unit * codec.lump // codec.unit
+        x = torch.randn(count, width, generator=generator) * torch.rand(width, generator=generator) * 3
+        place = alone(codec, x)
+        columns, again = codec.encode(x, place), codec.encode(x.clone(), alone(codec, x))
+        decoded = codec.decode(columns, place)
+        assert torch.equal(decoded, codec.decode(again, alone(codec, x)))
+        assert decoded.shape == x.shape and decoded.dtype is torch.float32
+        assert (decoded - x).square().mean() < 0.6 * x.square().mean()
+        most = count * codec.bytes_per_entry(width)
+        assert stored_bytes(columns) == pytest.approx(most) or (codec.variable and stored_bytes(columns) < most)
+        assert sum(t.untyped_storage().nbytes() for t in place.state.values()) == codec.state_bytes(width)
+        for constant in (torch.zeros_like(x), torch.full_like(x, -3.0), x * 0 + 1e-8, x[:1].expand_as(x).contiguous()):
+            place = alone(codec, constant)
+            found = codec.decode(codec.encode(constant, place), place)
+            assert bool(found.isfinite().all())
+            # What lies below half precision may become zero.
+            assert (found - constant).square().mean() <= max(0.6 * constant.square().mean(), 1e-14)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_padded_rows_equal_their_single_runs_inside_the_bytes(name):
+    model, policy = tiny_model("llama"), f"streaming_llm(sinks=4)+{SMALL.get(name, name)}"
+    texts = [random_text(n, seed=n) for n in (31, 150, 97)]
+    ids, mask = left_padded(texts)
+    ids, mask = torch.cat([ids, random_text(9, rows=3)], dim=1), torch.cat([mask, torch.ones(3, 9).long()], dim=1)
+    single = KVCache(model, policy, "1GiB").enforcer
+    # Bytes for 40 entries beside what the codec needs anyway.
+    need = int(4 * (single.cost.fixed + max(40, single.floor) * single.cost.per_entry)) + 1
+    batch = KVCache(model, policy, 3 * need)
+    logits = feed(model, batch, ids, [100, 50, *[1] * 9], mask)
+    assert bool(logits.isfinite().all())
+    for b, text in enumerate(texts):
+        first = max(0, text.shape[1] - 50)
+        sizes = [n for n in (first, text.shape[1] - first) if n] + [1] * 9
+        one = KVCache(model, policy, need)
+        expected = feed(model, one, torch.cat([text, ids[b : b + 1, -9:]], dim=1), sizes)
+        torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_attention_over_codes_is_that_over_decoded_entries(name):
+    """Chunks, small blocks and single steps, forks included, against the segment's own decoded keys and values."""
+    model, ids = tiny_model("llama"), random_text(170)
+    cache = KVCache(model, SMALL.get(name, name))
+    feed(model, cache, ids[:, :150], [90, 60])
+    feed(model, cache, ids[:, 150:160], [1] * 4 + [6])
+    fork = cache.fork()
+    for layer in cache.enforcer.layers:
+        (segment,) = layer.main
+        assert segment.tensors()
+        keys, values = segment.keys(), segment.values()
+        query = torch.randn(2, 2, 16)
+        part = layer.main[0].attend(query, _context())
+        weights = (query @ keys.mT * 0.25).softmax(-1)
+        torch.testing.assert_close(part.out, weights @ values, atol=1e-4, rtol=1e-4)
+    one, other = (feed(model, c, ids[:, 160:], [1] * 10) for c in (cache, fork))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def _context():
+    from kvbudget.segments.base import AttendContext
+
+    return AttendContext(scale=0.25)
