@@ -114,14 +114,11 @@ class Enforcer(Shares):
         index = self.layers.index(layer)
         heads = layer.num_kv_heads
         limits = [self.shares(b)[index] for b in range(layer.batch_size)]
-        # Bytes are never overrun; where entries count, the one that makes a layer too long need not move all others.
-        ahead = 0 if self.budget.kind == "bytes" else heads
-        rooms = [n + ahead for n in limits]
-        if self._rests and layer.capacity == rooms and layer.longest * heads <= min(limits):
+        if self._rests and layer.capacity == limits and layer.longest * heads <= min(limits):
             return
         held = layer.evictable()
         layer.set_capacity(
-            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(rooms)]
+            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
         )
         if self.parts.heads is None:
             over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
@@ -233,8 +230,7 @@ class Enforcer(Shares):
             return
         # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
         kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
-        rooms = layer.capacity or limits
-        spare = max(0, min((room - k) // heads for room, k in zip(rooms, kept, strict=True)))
+        spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
             spare = min(spare, self.parts.trigger.every)
         evicted = None
