@@ -17,8 +17,8 @@ from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError
 from kvbudget.eval import tasks
 from kvbudget.eval.fidelity import attention_calls, attention_errors
-from kvbudget.eval.matrix import Cell, Matrix
 from kvbudget.eval.filling import Filler
+from kvbudget.eval.matrix import Cell, Matrix
 from kvbudget.eval.replay import record, replay
 from kvbudget.eval.results import ResultsFile, mean, summary
 from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, read_together, visible_form
@@ -166,9 +166,7 @@ class _Runs:
                 found[key] = error
         return found
 
-    def _details(
-        self, cache: KVCache, costing: dict[str, float], context: Tensor, probe: Probe
-    ) -> dict[str, Any]:
+    def _details(self, cache: KVCache, costing: dict[str, float], context: Tensor, probe: Probe) -> dict[str, Any]:
         if self.timed:
             costing["decode_tokens_per_second"] = self._decode_speed(cache, context)
         details: dict[str, Any] = {"kept": [layer[0] for layer in cache.report().kept]}
