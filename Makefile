@@ -37,10 +37,13 @@ sanitize: $(VENV)/.stamp-dev
 bench-quick: $(VENV)/.stamp-eval $(VENV)/.stamp-model
 	@$(BIN)/kvbudget bench --matrix benchmarks/quick.yaml --results results/quick.jsonl
 
-# All methods for hours; stop it at any time, the same command goes on. Writes docs/results.md and what policy=auto reads.
+# All methods for hours; stop it at any time, the same command goes on. Writes docs/results.md, what policy=auto reads, and
+# the measured column of docs/methods.md.
 bench: $(VENV)/.stamp-eval $(VENV)/.stamp-model
-	@$(BIN)/kvbudget bench --matrix benchmarks/full.yaml --results results/bench.jsonl --no-report
+	@set -e; for part in benchmarks/full/*.yaml; do \
+		$(BIN)/kvbudget bench --matrix $$part --results results/bench.jsonl --no-report; done
 	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md --auto src/kvbudget/auto_table.json
+	@$(BIN)/kvbudget methods --markdown > docs/methods.md
 
 # kvpress and transformers' QuantizedCache on the same contexts, in an environment of their own: the table of docs/fidelity.md.
 peers: $(VENV)/.stamp-eval $(VENV)/.stamp-model $(PEERS)/.stamp

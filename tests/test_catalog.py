@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvbudget import auto
 from kvbudget.cli import app
 from kvbudget.methods import registry
 
@@ -60,6 +61,12 @@ def test_measured_divergences_fill_their_column(tmp_path: Path):
     table = rows(printed("--markdown", "--results", str(path)))
     assert table["snapkv"][8] == "25%: 0.1, 64: 1"
     assert {cells[8] for name, cells in table.items() if name != "snapkv"} == {"-"}
+
+
+def test_without_results_the_column_is_that_of_the_shipped_table(monkeypatch):
+    monkeypatch.setattr(auto, "divergences", lambda: {"snapkv": "25%: 0.3"})
+    table = rows(printed("--markdown"))
+    assert (table["snapkv"][8], table["knorm"][8]) == ("25%: 0.3", "-")
 
 
 @pytest.mark.parametrize("arguments", [["snapkv", "--markdown"], ["--markdown", "--json"], ["--results", "x.jsonl"]])

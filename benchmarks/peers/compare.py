@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import kvbudget
 from kvbudget import KVBudgetError, KVCache
+from kvbudget.assembly import bound
 from kvbudget.budget import format_bytes
 from kvbudget.cli.bench import _split
 from kvbudget.eval import tasks
@@ -67,6 +68,8 @@ PAIRS = {
     "lagkv": Pair("lagkv", "LagKVPress"),
     "kvzip": Pair("kvzip", "KVzipPress"),
     "keydiff": Pair("keydiff", "KeyDiffPress"),
+    # The peer's filters come from a model hub; it gets those that kvbudget calibrate qfilters has found.
+    "qfilters": Pair("qfilters(recent=0)", "QFilterPress"),
     "quantized": Pair(
         "kivi(bits=4, group=64, residual=64)",
         "quantized",
@@ -141,14 +144,20 @@ class Context:
 
     def _theirs(self, pair: Pair, budget: str) -> tuple[list[Reading], dict[str, float]]:
         ratio = 1 - float(budget.rstrip("%")) / 100 if pair.budgeted else 0.0
+        options = pair.options | self._calibrated(pair)
         probes = [(p.question.tolist(), p.answer.tolist(), p.skip) for p in self.example.probes]
         with tempfile.NamedTemporaryFile() as file:
-            costs = self.peer.ask(press=pair.press, options=pair.options, ratio=ratio, probes=probes, file=file.name)
+            costs = self.peer.ask(press=pair.press, options=options, ratio=ratio, probes=probes, file=file.name)
             width = self.full[0].logits.shape[-1]
             rows: Tensor = torch.from_numpy(np.fromfile(file.name, np.float32).reshape(-1, width))
         sizes = [len(reading.targets) for reading in self.full]
         pairs = zip(rows.split(sizes), self.full, strict=True)
         return [Reading(logits, reading.targets) for logits, reading in pairs], costs
+
+    def _calibrated(self, pair: Pair) -> dict[str, Any]:
+        """What a calibration of ours gives the peer too."""
+        filters = getattr(bound(parse(pair.ours), self.model).recipes[0], "filters", None)
+        return {} if filters is None else {"q_filters": filters.tolist()}
 
     def _scores(self, readings: Sequence[Reading]) -> dict[str, float]:
         """Means over the probes; distances are from kvbudget's full cache."""
@@ -185,7 +194,7 @@ def measure(options: argparse.Namespace, missing: dict[str, Row], results: Resul
             for key, (_, _, name, budget) in group:
                 try:
                     found = context.run(PAIRS[name], budget)
-                except RuntimeError as error:
+                except (KVBudgetError, RuntimeError) as error:
                     print(f"failed: {text} {number}: {name} {budget}: {error}", flush=True)
                 else:
                     line = {"key": key, "task": text, "example": number, "method": name, "budget": budget}

@@ -107,7 +107,11 @@ class Worker:
 def make_press(name, options, ratio):
     """A press by name; ``Outer(Inner)`` wraps one, and ``options`` are the inner one's."""
     outer, _, inner = name.rstrip(")").partition("(")
+    filters = options.pop("q_filters", None)
     press = getattr(kvpress, inner or outer)(compression_ratio=ratio, **options)
+    if filters is not None:
+        press.q_filters = torch.tensor(filters)
+        press.post_init_from_model = lambda model: None
     return getattr(kvpress, outer)(press) if inner else press
 
 

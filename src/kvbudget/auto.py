@@ -92,14 +92,25 @@ def choose(
     )
 
 
-@cache
 def table() -> list[dict[str, Any]]:
     """What was measured: situations with ``visible``, ``share`` and ``policies`` by name, best first.
 
     ``kvbudget report --auto`` writes the file from the results of a bench.
     """
+    found: list[dict[str, Any]] = _measured()["situations"]
+    return found
+
+
+def divergences() -> dict[str, str]:
+    """The mean KL of each method by budget, as text, from the same file."""
+    found: dict[str, str] = _measured()["divergences"]
+    return found
+
+
+@cache
+def _measured() -> dict[str, Any]:
     text = resources.files("kvbudget").joinpath("auto_table.json").read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = json.loads(text)["situations"]
+    found: dict[str, Any] = json.loads(text)
     return found
 
 

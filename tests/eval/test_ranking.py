@@ -6,7 +6,7 @@ import math
 import pytest
 from test_page import cell
 
-from kvbudget.eval.ranking import ranking, utility, write_ranking
+from kvbudget.eval.ranking import divergences, ranking, utility, write_ranking
 
 
 def distances(policy: str, budget: str, values: list[float], **changes: object) -> dict:
@@ -61,3 +61,17 @@ def test_the_file_says_how_it_was_measured(tmp_path) -> None:
     table = json.loads((tmp_path / "auto.json").read_text())
     assert table["model"] == "tiny" and table["situations"] == ranking(CELLS)["situations"]
     assert any("--policy 'snapkv,knorm,greedy,partly'" in line for line in table["commands"])
+
+
+def test_divergences_are_those_of_methods_alone_and_say_what_is_held_beyond_the_budget() -> None:
+    cells = [
+        distances("full", "full", [1e-7]),
+        distances("snapkv(window=16)", "10%", [0.1]),
+        distances("snapkv", "10%", [0.2]),
+        distances("snapkv+adakv", "10%", [0.3]),
+        distances("knorm", "10%", [0.5], costs=cell("knorm", "10%", [0.0])["costs"] | {"kept_share": 0.2}),
+        cell("tova", "10%", [1.0]),
+    ]
+    text = f"10%: {math.exp(-1):.2g}"
+    assert divergences(cells) == {"snapkv": text, "knorm": f"{text} (holds 20%)"}
+    assert ranking(cells)["divergences"] == divergences(cells)

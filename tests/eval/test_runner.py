@@ -7,6 +7,7 @@ import torch
 
 from kvbudget.errors import KVBudgetError
 from kvbudget.eval import runner
+from kvbudget.eval.leaderboard import leaderboard
 from kvbudget.eval.matrix import Matrix
 from kvbudget.eval.results import ResultsFile, informative
 from kvbudget.eval.runner import Bench
@@ -90,6 +91,24 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_anything(folder, tmp_pat
     lines = Bench(matrix(folder), results).run()
     assert len(computed) == 6 * 3 - before
     assert scores(lines) == scores(whole)
+
+
+def test_a_run_under_way_can_be_reported(folder, tmp_path):
+    results = ResultsFile(tmp_path / "r.jsonl")
+
+    def kill_in_the_third_context(done, total, what):
+        if done == 2 * 6 + 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Bench(matrix(folder), results, kill_in_the_third_context).run()
+    assert results.cells() == []
+    lines = results.report()
+    assert [(c["policy"], len(c["examples"])) for c in lines[::5]] == [("full", 2), ("kivi(bits=8)", 2)]
+    assert "2 contexts.\nUnder way: 3 contexts are asked for." in leaderboard(lines)
+    whole = Bench(matrix(folder), results).run()
+    assert results.report() == whole
+    assert [e["scores"] for e in whole[1]["examples"][:2]] == [e["scores"] for e in lines[1]["examples"]]
 
 
 def test_a_finished_run_computes_nothing_and_more_budgets_only_add(folder, tmp_path, monkeypatch):

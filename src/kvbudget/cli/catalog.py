@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbudget.errors import PolicyError
+from kvbudget import auto
+from kvbudget.eval.ranking import divergences
 from kvbudget.eval.results import ResultsFile
 from kvbudget.methods import parse
 
@@ -17,10 +17,11 @@ HEADERS = ("method", "what it does", "role", "acts", "needs", "exact", "reusable
 def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) -> str:
     """A page with a row per method; ``methods`` are descriptions as `kvbudget.cli.methods.describe` gives them.
 
-    With a ``results`` file of ``kvbudget bench`` the column of divergences holds what it measured for each method alone.
+    The column of divergences holds what ``make bench`` measured for each method alone, or what a ``results`` file of ``kvbudget
+    bench`` says.
     """
     command = "kvbudget methods --markdown" + (f" --results {results.as_posix()}" if results is not None else "")
-    measured = dict(divergences(results)) if results is not None else {}
+    measured = divergences(ResultsFile(results).report()) if results is not None else auto.divergences()
     rows = [[_cell(text) for text in _row(method, measured.get(method["name"], ""))] for method in methods]
     lines = [
         "# Methods",
@@ -32,32 +33,13 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
         "*Exact*: nothing is lost while everything fits. *Reusable*: the question is not looked at, so that one compressed",
         "context serves many. *Needs*: queries or keys of the entries; tokens (a tokenizer in `prefill`, without which it knows",
         "less); calibration (`kvbudget calibrate`); a plan or a driver (`cache.prefill` or `kvbudget.generate`). *KL*: geometric",
-        "mean over texts of the divergence from the full cache, by budget, where a results file was given.",
+        "mean over texts of the divergence from the full cache, by budget; [results.md](results.md) has the intervals.",
         "",
         "| " + " | ".join(HEADERS) + " |",
         "|" + "---|" * len(HEADERS),
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def divergences(results: Path) -> Iterator[tuple[str, str]]:
-    """Method and its measured divergence by budget, for the cells in which it stands alone with its defaults or others."""
-    found: dict[str, dict[str, float]] = {}
-    for cell in ResultsFile(results).report():
-        score = (cell.get("scores") or {}).get("log_kl")
-        if cell.get("error") or score is None:
-            continue
-        try:
-            names = parse(cell["policy"]).names
-        except PolicyError:
-            continue
-        if len(names) == 1 and names[0] != "full":
-            budgets = found.setdefault(names[0], {})
-            # Of several forms or tasks the first counts, which is the one that the matrix lists first.
-            budgets.setdefault(str(cell["budget"]), math.exp(score["mean"]))
-    for name, budgets in found.items():
-        yield name, ", ".join(f"{budget}: {kl:.2g}" for budget, kl in budgets.items())
 
 
 def _row(method: Mapping[str, Any], measured: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ class Chorus(Cache):
         for layer in layers:
             if not isinstance(layer, AttentionLayer):
                 raise CacheError("recurrent layers hold one state for a whole batch; ask the caches one by one")
-            layer.cache = self  # type: ignore[assignment]
+            layer.cache = self
         super().__init__(layers=layers)
 
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:

@@ -18,6 +18,8 @@ from kvbudget.eval.leaderboard import DEPTH_SCORES, SHOWN, score_name, shown
 Cells = Sequence[dict[str, Any]]
 # Tableau's ten colors and four markers tell forty policies apart without a legend that has to be read twice.
 MARKERS = "osD^vP*X"
+# Policies with budgets that a heat map has side by side at most.
+WIDEST = 40
 
 
 def pareto(points: Sequence[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
@@ -40,7 +42,9 @@ def quality_against_bytes(cells: Cells, name: str) -> Figure:
     Where distances from the full cache are measured, the full cache itself is left out.
     """
     rows = [c for c in cells if c["scores"] and (c["labeled"] or c["policy"] != "full")]
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    policies = list(dict.fromkeys(c["policy"] for c in rows))
+    # As high as its legend.
+    figure, axes = plt.subplots(figsize=(8.5, max(4.8, 0.172 * len(policies) + 0.4)), layout="constrained")
     headline, higher = (rows[0]["headline"], rows[0]["higher_is_better"]) if rows else ("", True)
     points = [(c["costs"]["nbytes"] / 2**20, shown(headline, c["scores"][headline]["mean"])) for c in rows]
     front = pareto(points, higher_is_better=higher)
@@ -48,7 +52,7 @@ def quality_against_bytes(cells: Cells, name: str) -> Figure:
         axes.plot(
             *zip(*[points[i] for i in front], strict=True), color="0.85", linewidth=9, zorder=0, label="Pareto front"
         )
-    for number, policy in enumerate(dict.fromkeys(c["policy"] for c in rows)):
+    for number, policy in enumerate(policies):
         mine = sorted((c for c in rows if c["policy"] == policy), key=lambda c: c["costs"]["nbytes"])
         x = [c["costs"]["nbytes"] / 2**20 for c in mine]
         mean, low, high = (
@@ -73,14 +77,18 @@ def quality_against_bytes(cells: Cells, name: str) -> Figure:
 def needle_heat_map(cells: Cells, name: str) -> Figure | None:
     """Exact match, token accuracy and log-probability by depth (down) and policy with budget (across).
 
-    None when the task has no depths.
+    Where that gets too wide, policies go down and depths across. None when the task has no depths.
     """
     rows = [c for c in cells if c["scores"]]
     depths = sorted({e["info"]["depth"] for c in rows for e in c["examples"] if "depth" in e["info"]})
     if not depths:
         return None
-    size = (max(6.0, 0.36 * len(rows) + 2.5), 3 * (0.26 * len(depths) + 0.5) + 1.8)
-    figure, panels = plt.subplots(len(DEPTH_SCORES), 1, figsize=size, layout="constrained", sharex=True)
+    labels = [f"{depth:.0%}" for depth in depths]
+    tall = len(rows) > WIDEST
+    shape, size = (3, 1), (max(6.0, 0.36 * len(rows) + 2.5), 3 * (0.26 * len(depths) + 0.5) + 1.8)
+    if tall:
+        shape, size = (1, 3), (8.5, 0.165 * len(rows) + 1.4)
+    figure, panels = plt.subplots(*shape, figsize=size, layout="constrained", sharex=not tall, sharey=tall)
     for axes, score in zip(panels, DEPTH_SCORES, strict=True):
         grid = np.full((len(depths), len(rows)), np.nan)
         for column, cell in enumerate(rows):
@@ -88,16 +96,24 @@ def needle_heat_map(cells: Cells, name: str) -> Figure | None:
                 found = [e["scores"][score] for e in cell["examples"] if e["info"].get("depth") == depth]
                 grid[line, column] = np.mean(found) if found else np.nan
         limits = (-3.5, 0.0) if score == "logprob" else (0.0, 1.0)
-        image = axes.imshow(grid, vmin=limits[0], vmax=limits[1], cmap="RdYlGn", aspect="auto")
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-        axes.set_ylabel("depth", fontsize=8)
+        shown_grid = grid.T if tall else grid
+        image = axes.imshow(shown_grid, vmin=limits[0], vmax=limits[1], cmap="RdYlGn", aspect="auto")
         axes.set_title(score.replace("_", " "), loc="left", fontsize=9)
-        figure.colorbar(image, ax=axes, pad=0.01)
+        figure.colorbar(image, ax=axes, pad=0.01, location="bottom" if tall else "right")
         # A line between policies, so that the budgets of one stand together.
-        for column in range(1, len(rows)):
-            if rows[column]["policy"] != rows[column - 1]["policy"]:
-                axes.axvline(column - 0.5, color="white", linewidth=2)
-    panels[-1].set_xticks(range(len(rows)), [_named(c) for c in rows], rotation=60, ha="right", fontsize=8)
+        for at in range(1, len(rows)):
+            if rows[at]["policy"] != rows[at - 1]["policy"]:
+                (axes.axhline if tall else axes.axvline)(at - 0.5, color="white", linewidth=2)
+        if tall:
+            axes.set_xticks(range(len(depths)), labels, fontsize=8)
+            axes.set_xlabel("depth", fontsize=8)
+        else:
+            axes.set_yticks(range(len(depths)), labels, fontsize=8)
+            axes.set_ylabel("depth", fontsize=8)
+    if tall:
+        panels[0].set_yticks(range(len(rows)), [_named(c) for c in rows], fontsize=7)
+    else:
+        panels[-1].set_xticks(range(len(rows)), [_named(c) for c in rows], rotation=60, ha="right", fontsize=8)
     figure.suptitle(name, fontsize=11)
     return figure
 

@@ -73,7 +73,7 @@ class Filler:
     def learn(self, trail: tuple[Any, ...], cache: KVCache, seconds: float) -> None:
         """Keeps what a cache holds after the steps of ``trail``, the last of which took some ``seconds``."""
         stores = {index: layer.store.fork() for index, layer in enumerate(cache.layers)}
-        self._known[trail] = Observed(stores, seconds)
+        self._known[trail] = Observed(stores, seconds=seconds)
 
     def _shared(self, trail: tuple[Any, ...]) -> Observed:
         found = self._known.setdefault(trail, Observed())

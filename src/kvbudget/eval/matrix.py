@@ -47,7 +47,8 @@ class Matrix:
     Attributes:
         model: name, folder, hub id or GGUF file.
         policies, budgets, tasks: texts, as on the command line. The policy ``all`` stands for `every_policy`, and
-            ``-finch`` leaves one out. A task may carry ``@visible``, which puts the question into the text that is compressed (``needle(length=2048)@visible``).
+            ``-finch`` leaves one out. A task may carry ``@visible``, which puts the question into the text that is
+            compressed (``needle(length=2048)@visible``).
         length: tokens per context, for tasks that do not name their own. count: contexts per cell. seed: of every example.
         dtype: of the model. text: a file or folder of texts for contexts (None: what is at hand).
         decode_speed: measure it, on the first context of the first task.

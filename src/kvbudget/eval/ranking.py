@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kvbudget.budget import Budget
+from kvbudget.errors import PolicyError
 from kvbudget.eval.leaderboard import commands, excess
 from kvbudget.eval.results import informative, title
 from kvbudget.eval.stats import bootstrap_over
+from kvbudget.methods import parse
 
 Cells = Sequence[dict[str, Any]]
 
@@ -41,7 +43,30 @@ def ranking(cells: Cells) -> dict[str, Any]:
             policies = _policies([c for c in useful if c["budget"] == text and c["visible"] == visible], tasks)
             if policies:
                 situations.append({"visible": visible, "share": share, "policies": policies})
-    return {"model": cells[0]["model"], "commands": commands(cells).split("\n"), "situations": situations}
+    return {
+        "model": cells[0]["model"],
+        "commands": commands(cells).split("\n"),
+        "divergences": divergences(cells),
+        "situations": situations,
+    }
+
+
+def divergences(cells: Cells) -> dict[str, str]:
+    """Method and its mean KL by budget, for the cells in which it stands alone, with its defaults or others."""
+    found: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        score = (cell.get("scores") or {}).get("log_kl")
+        if cell.get("error") or score is None or cell.get("labeled"):
+            continue
+        try:
+            names = parse(cell["policy"]).names
+        except PolicyError:
+            continue
+        if len(names) == 1 and names[0] != "full":
+            held = f" (holds {cell['costs']['kept_share']:.0%})" if cell.get("costs") and excess(cell) else ""
+            # Of several forms or tasks the first counts, which is the one that the matrix lists first.
+            found.setdefault(names[0], {}).setdefault(str(cell["budget"]), f"{math.exp(score['mean']):.2g}{held}")
+    return {name: ", ".join(f"{budget}: {kl}" for budget, kl in budgets.items()) for name, budgets in found.items()}
 
 
 def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:

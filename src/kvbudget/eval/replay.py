@@ -90,7 +90,7 @@ def replay(recording: Recording, cache: KVCache, observed: Observed | None = Non
             layer.columns = new
         else:
             adopt(cache, index, known)
-        spare = 0 if known is None else observed.sizes[index] - layer.store.nbytes()
+        spare = 0 if observed is None or known is None else observed.sizes[index] - layer.store.nbytes()
         cache.peak_bytes = max(cache.peak_bytes, cache.nbytes + spare)
         if index in cache._at:
             view = View(layer.store, Queries(call.query, recording.lse[index], call.scale, call.softcap))

@@ -37,12 +37,13 @@ class ResultsFile:
     def report(self) -> list[dict[str, Any]]:
         """As `cells`, and of tasks of which no cell has finished yet the contexts that all their cells have, from two on."""
         cells = self.cells()
+        if not (examples := self.examples()):
+            return cells
         finished = {title(cell) for cell in cells}
         under_way: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for line in self.examples().values():
-            task = title(line["cell"])
-            if task not in finished:
-                under_way.setdefault(task, {}).setdefault(line["key"], []).append(line)
+        for line in sorted(examples.values(), key=lambda line: int(line["example"])):
+            if title(line["cell"]) not in finished:
+                under_way.setdefault(title(line["cell"]), {}).setdefault(line["key"], []).append(line)
         for by_key in under_way.values():
             common = set.intersection(*({line["example"] for line in lines} for lines in by_key.values()))
             if len(common) > 1:
