@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -461,6 +461,10 @@ class LayerCache:
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without a lane, which holds addresses."""
+        return self.__dict__ | {"_lane": None, "_fresh": False}
 
     def check_integrity(self) -> None:
         """Raises AssertionError when segments, lengths or positions disagree."""

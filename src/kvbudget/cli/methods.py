@@ -89,8 +89,11 @@ def examples(kind: type[Recipe]) -> list[str]:
     changed = next((f for f in fields(kind) if f.repr and f.default is not MISSING), None)  # type: ignore[arg-type]
     if changed is not None:
         policy = f"{policy}({changed.name}={changed.default!r})"
-    partner = "kivi(bits=4)" if "codec" not in roles else "snapkv"
-    both = f"{policy}+{partner}" if partner != "snapkv" else f"snapkv+{policy}"
+    both = f"{policy}+kivi(bits=4)"
+    if roles & {"codec", "sharing"}:
+        both = f"snapkv+{policy}"
+    elif "selector" in roles:
+        both = policy
     amount = "25%" if kind.prefill_peak == "full_prompt" else "16MiB"
     lines.append(f'cache = kvbudget.KVCache(model, policy="{both}", budget="{amount}")')
     if "plan" in kind.needs:
@@ -181,9 +184,9 @@ def _explain(kind: type[Recipe]) -> None:
 
 
 def _short(paper: str) -> str:
-    """The identifier of a paper, where the citation has one."""
+    """The identifier of a paper, or where it appeared."""
     found = re.search(r"arXiv[: ]\s*(\d{4}\.\d{4,5})", paper)
-    return f"arXiv {found[1]}" if found else paper.partition(",")[0].partition(" (")[0]
+    return f"arXiv {found[1]}" if found else paper.rpartition(", ")[2].partition(" (")[0]
 
 
 def _plain(text: str) -> str:
