@@ -178,9 +178,12 @@ class KVCache(Cache):
 
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
-        if not torch.is_inference_mode_enabled():
-            with torch.inference_mode():
-                return self.attend(index, call, mask, position_ids)
+        if torch.is_inference_mode_enabled():
+            return self._attend(index, call, mask, position_ids)
+        with torch.inference_mode():
+            return self._attend(index, call, mask, position_ids)
+
+    def _attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         layer = self.layers[index]
         if index == self._first:
             self._begin(call, mask, position_ids)

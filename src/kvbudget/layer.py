@@ -179,6 +179,11 @@ class LayerCache:
             self._fresh = True
         return answer
 
+    def _leave_lane(self) -> None:
+        """Forgets a lane over segments that have been replaced, which it would keep alive."""
+        if self._lane is not None and self._lane.segments != self.front + self.main:
+            self._lane = None
+
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""
         whole = None
@@ -255,8 +260,7 @@ class LayerCache:
             self._slide()
         for segment in self.segments:
             segment.seal(asked)
-        if self.front and self._lane is not None and not self._lane.fits(self.segments):
-            self._lane = None  # it would keep a segment alive that a destination has replaced
+        self._leave_lane()
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
 
@@ -323,6 +327,7 @@ class LayerCache:
         if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
+        self._leave_lane()
         if moves is not None:
             self._move(moves)
         if not self.apart:

@@ -137,7 +137,8 @@ def test_every_policy_can_be_measured(folder, tmp_path):
     assert len(lines) > 16
     for line in lines:
         assert len(line["layer_errors"]) == 2
-        assert (line["scores"]["kl_mean"]["mean"] > 1e-6) == (line["policy"] != "full")
+        # Two layers are too few for minicache, which merges pairs of the upper half.
+        assert (line["scores"]["kl_mean"]["mean"] > 1e-6) == (line["policy"] not in ("full", "minicache"))
 
 
 def test_a_name_behind_a_minus_is_left_out(folder):

@@ -80,7 +80,7 @@ class CodecStore:
         fresh = [n > 0 and not started for n, started in zip(due, self.started, strict=True)]
         if codec.sinks and any(fresh):
             self._set_first([codec.sinks if f else 0 for f in fresh])
-        if len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
+        if codec.residual and len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
             self._encode(self.tail.grid("data")[:, : due[0]].flatten(0, 1), due, fresh, asked, salience)
             self.tail.drop(due[0])
             return
@@ -156,7 +156,8 @@ class CodecStore:
         if self.first.columns:
             self.first.take(first)
         if tail.sum() < self.tail.total:
-            self.tail.take(tail, max(0, self.codec.longest_tail - int(tail.sum(1).max())))
+            spare = self.codec.longest_tail - int(tail.sum(1).max()) if self.codec.residual else 0
+            self.tail.take(tail, max(0, spare))
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""
