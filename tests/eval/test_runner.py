@@ -138,7 +138,8 @@ def test_every_policy_can_be_measured(folder, tmp_path):
     for line in lines:
         assert len(line["layer_errors"]) == 2
         kl = line["scores"]["kl_mean"]["mean"]
-        assert kl <= 1e-6 if line["policy"] == "full" else kl > 1e-7, line["policy"]
+        # Of two layers minicache merges none.
+        assert kl <= 1e-6 if line["policy"] in ("full", "minicache") else kl > 1e-7, line["policy"]
 
 
 def test_a_name_behind_a_minus_is_left_out(folder):

@@ -142,7 +142,8 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
 
 
 def _selects_in_decoding(cache: KVCache) -> bool:
-    return cache.parts.selector is not None and not cache.parts.selector.prefill
+    selector = cache.parts.selector
+    return selector is not None and not getattr(selector, "prefill", True)
 
 
 @torch.inference_mode()
