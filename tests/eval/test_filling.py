@@ -85,3 +85,18 @@ def test_caches_read_together_answer_as_each_alone(setting) -> None:
         assert torch.equal(mine.targets, alone.targets)
         assert torch.allclose(mine.logits, alone.logits, atol=1e-5)
     assert held == [cache.nbytes for cache in caches]
+
+
+@pytest.mark.parametrize("policy", ["kcache(top=3)", "mpcache"])
+def test_what_acts_in_decoding_alone_is_read_as_in_decoding(setting, policy: str) -> None:
+    model, tokenizer, _, recording = setting
+    cache = KVCache(model, policy, None if "kcache" in policy else "30%", max_length=TOKENS)
+    Filler(model, tokenizer, recording).fill(cache)
+    probe = Probe(random_text(20, seed=4)[0], random_text(19, seed=5)[0], skip=2)
+    fork, ids = cache.fork(), torch.cat([probe.question, probe.answer])[None]
+    with torch.inference_mode():
+        rows = [model(ids[:, :19], past_key_values=fork).logits[0]]
+        rows += [model(ids[:, i : i + 1], past_key_values=fork).logits[0] for i in range(19, 38)]
+    expected = torch.cat(rows)[-17:]
+    (mine,) = read_together(model, [cache], probe)
+    assert torch.allclose(mine.logits, expected, atol=1e-4)

@@ -133,14 +133,9 @@ class Matrix:
 def every_policy() -> list[str]:
     """Methods that need nothing beforehand: no calibration, no decoder stack that is stepped layer by layer.
 
-    Selectors that act on single tokens alone are left out too: answers are read in one forward.
-
     >>> "snapkv" in every_policy(), "full" in every_policy()
     (True, False)
     """
-    free = {
-        name: parse(name).parts() for name, kind in registry().items() if not {"calibration", "driver"} & {*kind.needs}
-    }
     return [
-        name for name, parts in free.items() if name != "full" and (parts.selector is None or parts.selector.prefill)
+        name for name, kind in registry().items() if name != "full" and not {"calibration", "driver"} & {*kind.needs}
     ]

@@ -28,19 +28,23 @@ def utility(cell: dict[str, Any], scores: dict[str, float]) -> float:
 def ranking(cells: Cells) -> dict[str, Any]:
     """The table of `kvbudget.auto` as plain data, from the cells of a results file.
 
-    One situation per fraction of the text and whether the question was visible. ``utility`` is the mean over the
-    informative tasks and their contexts; ``behind`` is the 95% interval of how much more the situation's best policy reached
-    on the same contexts. Policies that lack a task, or hold more than the budget, are left out.
+    One situation per fraction of the text and whether the question was visible; distances from the full cache, which ask no
+    question, count in both. ``utility`` is the mean over the informative tasks and their contexts; ``behind`` is the 95%
+    interval of how much more the situation's best policy reached on the same contexts. Policies that lack a task, or hold
+    more than the budget, are left out.
     """
     fulls = {title(c): c for c in cells if c["policy"] == "full"}
     useful = [c for c in cells if title(c) in fulls and informative(fulls[title(c)])]
     situations = []
     for visible in (False, True):
-        tasks = {title(c) for c in useful if c["visible"] == visible and c["policy"] != "full"}
+        mine = [c for c in useful if c["visible"] == visible or not c["labeled"]]
+        if not any(c["visible"] == visible for c in mine):
+            continue
+        tasks = {title(c) for c in mine if c["policy"] != "full"}
         budgets = {c["budget"]: Budget.parse(c["budget"]) for c in useful if c["budget"] != "full"}
         fractions = {text: budget.amount for text, budget in budgets.items() if budget.kind == "fraction"}
         for text, share in sorted(fractions.items(), key=lambda item: -item[1]):
-            policies = _policies([c for c in useful if c["budget"] == text and c["visible"] == visible], tasks)
+            policies = _policies([c for c in mine if c["budget"] == text], tasks)
             if policies:
                 situations.append({"visible": visible, "share": share, "policies": policies})
     return {

@@ -80,7 +80,12 @@ class CodecStore:
         fresh = [n > 0 and not started for n, started in zip(due, self.started, strict=True)]
         if codec.sinks and any(fresh):
             self._set_first([codec.sinks if f else 0 for f in fresh])
-        if codec.residual and len(set(due)) == 1 and self.tail.uniform and self.tail.capacities[0] <= codec.longest_tail:
+        if (
+            codec.residual
+            and len(set(due)) == 1
+            and self.tail.uniform
+            and self.tail.capacities[0] <= codec.longest_tail
+        ):
             self._encode(self.tail.grid("data")[:, : due[0]].flatten(0, 1), due, fresh, asked, salience)
             self.tail.drop(due[0])
             return

@@ -128,17 +128,29 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     """Asks one probe of a filled cache, which is left as it was: question and answer go through a fork in one forward.
 
     Greedy decoding would produce the answer exactly if every token of it is the most likely one given those before, so
-    no generation is needed.
+    no generation is needed. Policies whose queries read less in decoding alone get the answer token by token.
     """
     ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device)
     scored = len(probe.answer) - probe.skip
-    logits = model(ids, past_key_values=cache.fork(), logits_to_keep=scored).logits[0]
-    return Reading(logits.float(), probe.answer[probe.skip :].to(model.device))
+    fork, pieces = cache.fork(), [ids]
+    if _selects_in_decoding(cache):
+        pieces = [ids[:, : len(probe.question) - 1], *ids[:, len(probe.question) - 1 :].split(1, dim=1)]
+    rows = [model(piece, past_key_values=fork).logits[0] for piece in pieces[:-1] if piece.shape[1]]
+    keep = scored if len(pieces) == 1 else 0
+    rows.append(model(pieces[-1], past_key_values=fork, logits_to_keep=keep).logits[0])
+    return Reading(torch.cat(rows)[-scored:].float(), probe.answer[probe.skip :].to(model.device))
+
+
+def _selects_in_decoding(cache: KVCache) -> bool:
+    selector = cache.parts.selector
+    return selector is not None and not getattr(selector, "prefill", True)
 
 
 @torch.inference_mode()
 def read_together(model: PreTrainedModel, caches: Sequence[KVCache], probe: Probe) -> list[Reading]:
     """As `read` from each of several caches of the same context, in one forward."""
+    if any(map(_selects_in_decoding, caches)):
+        return [read(model, cache, probe) for cache in caches]
     ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device).expand(len(caches), -1)
     scored = len(probe.answer) - probe.skip
     logits = model(ids, past_key_values=Chorus(caches), logits_to_keep=scored).logits
