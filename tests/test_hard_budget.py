@@ -113,7 +113,7 @@ def smallest(model: PreTrainedModel, policy: str, batch: int = 1) -> int:
 def test_every_forward_ends_inside_the_budget(policy: str, batch: int) -> None:
     model = model_of("llama")
     least = smallest(model, policy, batch)
-    cache = KVCache(model, policy, f"{least}B" if batch == 3 else f"{least * 9 // 8}B")
+    cache = KVCache(model, policy, f"{least}B" if batch == 3 else f"{least * 33 // 32}B")
     drive(model, cache, batch, chain([64, 1, 7, 7], repeat(1, 10), [30, 7, 3]), 129)
     assert cache.enforcer.evictions
 
