@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import kvbudget
 from kvbudget import KVCache
 from kvbudget.errors import BudgetError, PolicyError
+from kvbudget.methods import parse
 from tiny import in_chunks, left_padded, own_model, random_text, served_model, tiny_model
 
 TEXT = random_text(300, seed=11)
@@ -289,7 +290,9 @@ def test_no_method_downloads_anything(monkeypatch: pytest.MonkeyPatch):
             with pytest.raises(PolicyError):
                 KVCache(model, name, 200)
             continue
-        past = KVCache(model, name, None if name in ("full", "kivi") else 280)
+        parts = parse(name).parts()
+        evicts = parts.scorer is not None or parts.plan is not None
+        past = KVCache(model, name, 280 if evicts else None)
         past.prefill(model, TEXT)
         past.check_integrity()
 

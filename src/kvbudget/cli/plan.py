@@ -132,9 +132,9 @@ def _place(
         f"{found.layers} layers of {found.heads} KV heads on {devices} devices; a layer's longest head keeps "
         f"{found.spread:.2f} times the mean"
     )
-    grid = Table(
-        "placement", "copies per layer", "efficiency, profiled", "efficiency, other texts", box=box.SIMPLE_HEAD
-    )
+    grid = Table(box=box.SIMPLE_HEAD)
+    for header in ("placement", "copies per layer", "efficiency, profiled", "efficiency, other texts"):
+        grid.add_column(header, no_wrap=header == "placement")
     for name, copies, profiled, other in found.rows:
         grid.add_row(name, f"{copies:.1f}", f"{profiled:.1%}", f"{other:.1%}")
     console.print(grid)
