@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvbudget.budget import Budget, format_bytes, smallest_fit, solve
+from kvbudget.budget import Budget, format_bytes, solve
 from kvbudget.errors import BudgetError
 
 
@@ -127,17 +127,6 @@ def test_format_bytes_is_within_its_last_digit(n):
     size = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert abs(float(number) * size - n) <= 0.0501 * size
     assert float(number) < 1024 or unit == "TiB"
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(0, 300))
-def test_smallest_fit_agrees_with_a_scan(steps, limit):
-    costs = [sum(steps[: n + 1]) for n in range(len(steps))]
-    fitting = [n for n, cost in enumerate(costs) if cost <= limit]
-    if fitting:
-        assert smallest_fit(costs.__getitem__, limit, len(costs) - 1) == fitting[-1]
-    else:
-        with pytest.raises(BudgetError, match=f"{limit} .* {costs[0]} "):
-            smallest_fit(costs.__getitem__, limit, len(costs) - 1)
 
 
 # Exact in binary, so that sums of fractions decide ties as the solver must.

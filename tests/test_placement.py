@@ -108,3 +108,8 @@ def test_the_command_measures_a_model(tmp_path):
     assert efficiency[0] < 1 and efficiency == sorted(efficiency) and told["spread"] > 1
     shown = CliRunner().invoke(app, arguments).stdout
     assert "plain" in shown and "up to 4 copies" in shown
+
+
+def test_one_device_is_refused():
+    told = CliRunner().invoke(app, ["plan", "--context", "120", "--budget", "30%", "--tensor-parallel", "1"])
+    assert told.exit_code == 2 and "greater than or equal to 2" in told.output

@@ -2,8 +2,7 @@
 
 import math
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -127,21 +126,6 @@ def format_bytes(n: int) -> str:
     sizes = [(unit, n / size) for unit, size in _BINARY_UNITS.items()]
     unit, size = next((pair for pair in sizes if abs(round(pair[1], 1)) < 1024), sizes[-1])
     return f"{size:.1f} {unit}"
-
-
-def smallest_fit(cost: Callable[[int], int], limit: int, upper: int) -> int:
-    """Returns the largest n in [0, upper] whose cost is at most the limit, for a cost that never falls as n grows.
-
-    Raises:
-        BudgetError: if not even n = 0 fits.
-
-    >>> smallest_fit(lambda entries: 100 + 24 * entries, limit=1000, upper=4096)
-    37
-    """
-    fitting = bisect_right(range(upper + 1), limit, key=cost)
-    if fitting == 0:
-        raise BudgetError(f"a limit of {limit} is below the {cost(0)} that is needed before the first entry; raise it")
-    return fitting - 1
 
 
 def solve(

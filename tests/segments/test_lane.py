@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import kvbudget
 from kvbudget import kernels
 from kvbudget.codecs.integer import ChannelQuant, TokenQuant
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
+from tiny import random_text, tiny_model
 
 pytestmark = pytest.mark.skipif(kernels.backend().name != "native", reason="lanes are the extension's")
 BATCH, HEADS, GROUP, WIDTH = 2, 3, 2, 16
@@ -115,3 +117,18 @@ def test_mass_is_not_taken_from_an_older_step(monkeypatch: pytest.MonkeyPatch) -
     assert not layers[0]._fresh
     votes = [layer.main[0].meta.padded("votes") for layer in layers]
     torch.testing.assert_close(votes[0], votes[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "phi"])
+@pytest.mark.parametrize("policy", ["full", "kivi(residual=32)", "snapkv(window=8)", "h2o+kivi(residual=32)"])
+def test_models_decode_in_their_lanes(name: str, policy: str) -> None:
+    """A lane that a model's tensors never fit into would only be slow, so the steps that take it are counted."""
+    model = tiny_model(name)
+    cache = kvbudget.KVCache(model, policy, None if policy in ("full", "kivi(residual=32)") else 80)
+    ids, quick = random_text(150), 0
+    with torch.no_grad():
+        model(ids[:, :130], past_key_values=cache)
+        for i in range(130, 150):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            quick += all(layer.store._fresh for layer in cache.layers)
+    assert quick >= 14

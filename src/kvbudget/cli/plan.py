@@ -35,9 +35,9 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tensor_parallel: Annotated[
-        int,
-        typer.Option(help="Place KV heads on so many devices by the entries that they keep; loads the model.", min=0),
-    ] = 0,
+        int | None,
+        typer.Option(help="Place KV heads on so many devices by the entries that they keep; loads the model.", min=2),
+    ] = None,
     texts: Annotated[int, typer.Option(help="Texts that --tensor-parallel measures: half to plan, half to judge.")] = 8,
     text: Annotated[str | None, typer.Option(help="A file or folder of texts for --tensor-parallel.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -55,7 +55,7 @@ def plan(
 
     [dim]$[/dim] kvbudget plan --model smollm2-135m --context 1024 --policy snapkv+adakv --budget 20% --tensor-parallel 2
     """
-    if tensor_parallel:
+    if tensor_parallel is not None:
         if not budget or len(budget) > 1:
             raise KVBudgetError("--tensor-parallel measures one policy under one budget; give one --budget")
         _place(model, policy, budget[0], context, tensor_parallel, texts, text, dtype, json)

@@ -182,24 +182,13 @@ def weights(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **
     return reference.weights(query, key, lengths, lse, **options)
 
 
-def lane(
-    rows: int,
-    queries: int,
-    portions: Sequence[tuple[Any, ...]],
-    room: tuple[Sequence[int], ...],
-    states: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> Any:
-    """A prepared decode step (`native.Lane`) over segments; None where the extension cannot serve them.
-
-    ``portions`` are ``((sealed, unit, tail) of keys, the same of values, starts of the entries, positions)`` per segment,
-    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns.
-    """
+def lane(*arguments: Any) -> Any:
+    """A prepared decode step over segments (`native.Lane`); None where the extension cannot serve them. See `native.lane`."""
     if backend().name != "native":
         return None
     from kvbudget.kernels import native
 
-    return native.lane(rows, queries, portions, room, states, dtype)
+    return native.lane(*arguments)
 
 
 def encode_tokens(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

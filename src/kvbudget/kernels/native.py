@@ -250,7 +250,11 @@ def lane(
     states: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Lane | None:
-    """See `kernels.lane`."""
+    """A prepared decode step of ``queries`` query heads per row; None where the extension cannot serve the segments.
+
+    ``portions`` are ``((sealed, unit, tail) of keys, the same of values, starts of the entries, positions)`` per segment,
+    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         return None
     described = []

@@ -43,8 +43,9 @@ class Own(Task):
         try:
             rows = read_rows(Path(self.rows))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise KVBudgetError(
-                f"task file {self.rows!r} cannot be read: {error}; give own(rows='tasks.jsonl')"
+                f"task file {self.rows!r} cannot be read: {reason}; give a .jsonl file, such as own(rows='tasks.jsonl')"
             ) from error
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or not all(isinstance(row.get(name), str) and row[name] for name in FIELDS):
