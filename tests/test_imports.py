@@ -17,7 +17,7 @@ MODULES = {
 # From the bottom to the top; a module may import from its own floor and from those below. Modules that no floor names
 # (costs, attention, enforcer, cache, prefill, report, ...) and the package's front stand on the one called "cache".
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "files"),
     ("budget", "kernels", "models"),
     ("codecs",),
     ("segments", "layer"),

@@ -32,6 +32,17 @@ model = LlamaForCausalLM(LlamaConfig(**config)).eval()
 given = load_file(sys.argv[3])
 model.load_state_dict({name[8:]: x for name, x in given.items() if name.startswith("weights.")})
 found = {}
+
+def watch(press, name):
+    score = press.score
+
+    def keep(module, hidden_states, keys, values, attentions, kwargs):
+        out = score(module, hidden_states, keys, values, attentions, kwargs)
+        found[f"{name}.{module.layer_idx}"] = out.float().contiguous()
+        return out
+
+    press.score = keep
+
 for name, text in presses.items():
     press = eval(text, {"kvpress": kvpress, **{k: v for k, v in given.items() if not k.startswith("weights.")}})
     if name == "qfilters":
@@ -40,27 +51,13 @@ for name, text in presses.items():
     if name == "expected_attention_stats":
         press.mu, press.cov = given["mean"], given["covariance"]
         press.post_init_from_model = lambda model: None
-    score = press.score
-
-    def keep(module, hidden_states, keys, values, attentions, kwargs, score=score, name=name):
-        out = score(module, hidden_states, keys, values, attentions, kwargs)
-        found[f"{name}.{module.layer_idx}"] = out.float().contiguous()
-        return out
-
-    press.score = keep
+    watch(press, name)
     with torch.no_grad(), press(model):
         model.model(given["ids"], past_key_values=DynamicCache())
 for name, normalize in (("finch", False), ("finch_normalized", True)):
     press = kvpress.FinchPress(0.5, normalize_scores=normalize, rerotate_keys=False)
     press.delimiter_token_id, press.window_size = -1, 20  # the last 20 tokens are the question
-    score = press.score
-
-    def keep(module, hidden_states, keys, values, attentions, kwargs, score=score, name=name):
-        out = score(module, hidden_states, keys, values, attentions, kwargs)
-        found[f"{name}.{module.layer_idx}"] = out.float().contiguous()
-        return out
-
-    press.score = keep
+    watch(press, name)
     cache = DynamicCache()
     with torch.no_grad(), press(model):
         model.model(given["ids"], past_key_values=cache)

@@ -1,8 +1,6 @@
 """Calibration artifacts: safetensors files that say which method and which model they were made for."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, PolicyError
+from kvbudget.files import written_whole
 from kvbudget.models.gguf import cache_folder
 
 _FORMAT = "kvbudget-calibration-1"
@@ -45,21 +44,14 @@ class Artifact:
             "fingerprint": self.fingerprint,
             "parameters": json.dumps(dict(self.parameters), sort_keys=True),
         }
-        unfinished = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".calibrating-", delete=False) as file:
-                unfinished = Path(file.name)
-            save_file({name: x.clone() for name, x in self.tensors.items()}, unfinished, metadata)
-            os.replace(unfinished, target)
+            with written_whole(target) as unfinished:
+                save_file({name: x.clone() for name, x in self.tensors.items()}, unfinished, metadata)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise KVBudgetError(
                 f"the calibration cannot be written to {target}: {reason}; give another path"
             ) from error
-        finally:
-            if unfinished is not None:
-                unfinished.unlink(missing_ok=True)
         return target
 
     @classmethod

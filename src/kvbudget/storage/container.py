@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from kvbudget.errors import CacheError
+from kvbudget.files import written_whole
 
 MAGIC = b"KVBUDGET"
 VERSION = 1
@@ -36,21 +35,14 @@ def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     text = json.dumps(header).encode()
     body = save_tensors({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()})
     numbers = _NUMBERS.pack(MAGIC, VERSION, len(text), len(body))
-    unfinished = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".saving-", delete=False) as file:
-            unfinished = Path(file.name)
+        with written_whole(path) as unfinished, unfinished.open("wb") as file:
             for piece in (numbers, _digest(numbers, text, body), text, body):
                 file.write(piece)
-        os.replace(unfinished, path)
     except OSError as error:
         raise CacheError(
             f"the cache cannot be written to {path}: {error.strerror or error}; give another path"
         ) from error
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
     return _PREFIX + len(text) + len(body)
 
 
