@@ -24,7 +24,7 @@ struct Side {
   float* zero;           // the same
   float* meta;           // conversion buffer
   float* expanded;       // [kTile][lanes] for operands without a direct form
-  uint8_t* copied;       // [kTile + 4] rows that are gathered, or read past the range
+  uint8_t* copied;       // [kTile + 4] rows that are gathered, widened, or read past the range
   Table table;           // of codebook operands
 };
 
@@ -56,8 +56,17 @@ struct Arena {
   }
 };
 
+// Of a row as the micro-kernels read it.
 KV_INLINE int64_t row_bytes(const Operand& x) {
-  return x.kind == Kind::dense ? static_cast<int64_t>(x.width) * type_bytes(x.type) : x.stride;
+  if (x.kind == Kind::dense) return static_cast<int64_t>(x.width) * type_bytes(x.type);
+  return x.bits == 3 ? packed_bytes(x.width, kernel_bits(x)) : x.stride;
+}
+
+KV_INLINE void copy_row(const Operand& x, const uint8_t* row, int64_t bytes, uint8_t* to) {
+  if (x.bits == 3)
+    widen(row, x.width, to);
+  else
+    std::memcpy(to, row, bytes);
 }
 
 KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, Side& side) {
@@ -171,15 +180,15 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
     const int64_t* index = x.index + x.index_starts[row] + t;
     for (int i = 0; i < n; ++i) {
       if (t + i + kTile < end) prefetch(x.data + (start + index[i + kTile]) * x.stride, bytes);
-      std::memcpy(side.copied + i * bytes, x.data + (start + index[i]) * x.stride, bytes);
+      copy_row(x, x.data + (start + index[i]) * x.stride, bytes, side.copied + i * bytes);
     }
     return {side.copied, bytes};
   }
   const uint8_t* base = x.data + (start + t) * x.stride;
   const int64_t left = end - t - ahead;
   if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
-  if (t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride};
-  for (int i = 0; i < n; ++i) std::memcpy(side.copied + i * bytes, base + i * x.stride, bytes);
+  if (x.bits != 3 && t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride};
+  for (int i = 0; i < n; ++i) copy_row(x, base + i * x.stride, bytes, side.copied + i * bytes);
   std::memset(side.copied + n * bytes, 0, (padded(n, 4 * o.entries) - n) * bytes);
   return {side.copied, o.entries * bytes};
 }
