@@ -186,9 +186,11 @@ class LayerCache:
         return answer
 
     def _leave_lane(self) -> None:
-        """Forgets a lane over segments that have been replaced, which it would keep alive."""
-        if self._lane is not None and self._lane.segments != self.front + self.main:
-            self._lane = None
+        """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
+        if self._lane is not None:
+            self._lane.spilled = None
+            if self._lane.segments != self.front + self.main:
+                self._lane = None
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""

@@ -161,7 +161,7 @@ void compact(const nb::list& columns, const nb::tuple& flags, const nb::tuple& f
 }
 
 // cells: (rows, width, scores, protect, valid, units or 0, fill).
-bool select(const nb::tuple& cells, const Integers& counts, uintptr_t keep) {
+bool select_best(const nb::tuple& cells, const Integers& counts, uintptr_t keep) {
   const kvbudget::Scored x{nb::cast<int64_t>(cells[0]),
                            nb::cast<int64_t>(cells[1]),
                            reinterpret_cast<const float*>(address(cells[2])),
@@ -257,7 +257,7 @@ NB_MODULE(_native, m) {
   m.def("scatter", &scatter);
   m.def("count_kept", &count_kept);
   m.def("compact", &compact);
-  m.def("select", &select);
+  m.def("select", &select_best);
   nb::class_<kvbudget::Lane>(m, "Lane")
       .def(nb::new_(&lane))
       .def("step", &lane_step)

@@ -31,7 +31,7 @@ std::vector<std::vector<Run>> runs_of(const Mask& mask, const Integers& lengths)
   std::vector<std::vector<Run>> rows(lengths.size());
   for (size_t r = 0; r < rows.size(); ++r) {
     if (!mask.cells) {
-      rows[r].push_back({0, 0, lengths[r]});
+      if (lengths[r]) rows[r].push_back({0, 0, lengths[r]});
       continue;
     }
     const uint8_t* cells = row_of(mask, r);
@@ -58,7 +58,8 @@ void move_column(const Moved& x, const std::vector<std::vector<Run>>& runs, cons
   if (x.to != x.from) {
     for (size_t r = 0; r < rows; ++r) {
       close_up(x, runs[r], from.starts[r], to.starts[r]);
-      std::memset(x.to + (to.starts[r] + to.lengths[r]) * x.bytes, 0, static_cast<size_t>((to.capacities[r] - to.lengths[r]) * x.bytes));
+      const int64_t spare = to.capacities[r] - to.lengths[r];
+      if (spare) std::memset(x.to + (to.starts[r] + to.lengths[r]) * x.bytes, 0, static_cast<size_t>(spare * x.bytes));
     }
     return;
   }
@@ -68,7 +69,7 @@ void move_column(const Moved& x, const std::vector<std::vector<Run>>& runs, cons
   for (size_t r = 0; r < rows; ++r)
     if (to.starts[r] <= from.starts[r]) close_up(x, runs[r], from.starts[r], to.starts[r]);
   for (size_t r = rows; r-- > 0;)
-    if (to.starts[r] > from.starts[r])
+    if (to.starts[r] > from.starts[r] && to.lengths[r])
       std::memmove(x.to + to.starts[r] * x.bytes, x.from + from.starts[r] * x.bytes, static_cast<size_t>(to.lengths[r] * x.bytes));
 }
 
@@ -87,7 +88,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 void mark_best(const std::vector<uint32_t>& scores, int64_t count, std::vector<uint32_t>& sorted, uint8_t* keep) {
   const int64_t n = static_cast<int64_t>(scores.size());
   count = std::min(count, n);
-  std::memset(keep, 0, scores.size());
+  std::fill_n(keep, n, uint8_t{0});
   if (count <= 0) return;
   sorted = scores;
   std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<uint32_t>());
@@ -156,7 +157,7 @@ bool count_kept(const Mask& mask, const Integers& lengths, Integers& counts) {
     counts[r] = set / mask.unit;
     for (int64_t t = 0; mask.unit > 1 && t < flags; ++t)
       if (cells[t] != cells[t / mask.unit * mask.unit]) return false;
-    if (mask.begins.empty() && std::memchr(cells + flags, 1, static_cast<size_t>(mask.stride - flags))) return false;
+    if (mask.begins.empty() && next(cells, flags, mask.stride, 1, true) < mask.stride) return false;
   }
   return true;
 }
@@ -177,6 +178,7 @@ void scatter(const std::vector<Moved>& columns, const Integers& begins, const In
     for (size_t r = 0; r < begins.size(); ++r) {
       uint8_t* to = x.to + begins[r] * x.bytes;
       const size_t some = static_cast<size_t>(counts[r] * x.bytes);
+      if (!some) continue;
       if (from)
         std::memcpy(to, from, some), from += some;
       else
@@ -188,7 +190,7 @@ void scatter(const std::vector<Moved>& columns, const Integers& begins, const In
 bool select(const Scored& x, const Integers& counts, uint8_t* keep) {
   std::vector<uint32_t> scores(static_cast<size_t>(x.width)), sorted;
   std::vector<Unit> units;
-  if (x.units && x.rows * x.width) {
+  if (x.units && x.rows > 0 && x.width > 0) {
     const auto [least, most] = std::minmax_element(x.units, x.units + x.rows * x.width);
     if (*least < 0 || *most > 64 * x.width) return false;
     units.resize(static_cast<size_t>(*most) + 1);

@@ -172,7 +172,7 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
       expand_entry(x, row, t + i, out, side.meta);
       for (int d = x.width; d < side.lanes; ++d) out[d] = 0.0f;
     }
-    return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes};
+    return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes, 0};
   }
   const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
   const int64_t bytes = row_bytes(x);
@@ -182,15 +182,15 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
       if (t + i + kTile < end) prefetch(x.data + (start + index[i + kTile]) * x.stride, bytes);
       copy_row(x, x.data + (start + index[i]) * x.stride, bytes, side.copied + i * bytes);
     }
-    return {side.copied, bytes};
+    return {side.copied, bytes, 0};
   }
   const uint8_t* base = x.data + (start + t) * x.stride;
   const int64_t left = end - t - ahead;
+  if (x.bits != 3 && t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride, left >= n ? ahead * x.stride : 0};
   if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
-  if (x.bits != 3 && t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride};
   for (int i = 0; i < n; ++i) copy_row(x, base + i * x.stride, bytes, side.copied + i * bytes);
   std::memset(side.copied + n * bytes, 0, (padded(n, 4 * o.entries) - n) * bytes);
-  return {side.copied, o.entries * bytes};
+  return {side.copied, o.entries * bytes, 0};
 }
 
 // in [n, groups] to out [groups, stride]; reads and writes up to W - 1 entries past n.
