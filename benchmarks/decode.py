@@ -207,7 +207,8 @@ class Timed:
     """The extension module, or one of its lanes, with a stopwatch around its functions."""
 
     def __init__(self, extension: Any, watch: Stopwatch) -> None:
-        for name in ("attend", "mass", "mass_of_logits", "encode", "merge", "scatter", "step", "accumulate"):
+        names = ("attend", "mass", "mass_of_logits", "encode", "merge", "step", "accumulate")
+        for name in (*names, "scatter", "count_kept", "compact", "select"):
             if hasattr(extension, name):
                 setattr(self, name, watch.around(getattr(extension, name)))
         if hasattr(extension, "Lane"):
