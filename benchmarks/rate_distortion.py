@@ -3,9 +3,9 @@
 Every codec of the registry in every width that it takes (calibrated ones where `kvbudget calibrate` has been run) codes the
 same contexts, once recorded with the full cache; KL is the mean over the tokens of a continuation in nats, the geometric
 mean over texts. Results are one JSON line per text and codec and are kept: a run that was stopped goes on, and one with new
-codecs measures only those.
+codecs measures only those. All codecs at once also write the table and what became of the orderings that papers claim.
 
-    python benchmarks/rate_distortion.py [--model smollm2-135m] [--context 1024] [--texts 4] [--figure docs/rate_distortion.png]
+    python benchmarks/rate_distortion.py [--model smollm2-135m] [--context 1024] [--texts 4]
 """
 
 import argparse
@@ -20,7 +20,29 @@ import kvbudget
 from kvbudget.eval.fidelity import continuation_logits
 from kvbudget.eval.rate import codecs, measure
 from kvbudget.eval.replay import record, replay
+from kvbudget.eval.stats import bootstrap, compare
 from kvbudget.eval.texts import default_source, passages
+from kvbudget.files import written_whole
+
+# Claims of papers about what is closer to the full cache, at equal or fewer bits: the better policy and the other one.
+CLAIMS = (
+    ("KIVI: keys per channel; 4 bits before 2", "kivi", "kivi(bits=2)"),
+    ("GEAR: the low-rank term helps 2 bits", "gear(bits=2, sparsity=0.0)", "gear(bits=2, sparsity=0.0, rank=0)"),
+    ("GEAR: outliers help on top", "gear(bits=2)", "gear(bits=2, sparsity=0.0)"),
+    ("KVQuant: 1% of outliers helps 3 bits", "kvquant", "kvquant(sparsity=0.0)"),
+    ("SQuat before KIVI at 2 bits", "squat", "kivi(bits=2, residual=32)"),
+    ("RotateKV before KIVI at 2 bits", "rotatekv", "kivi(bits=2)"),
+    ("AQUA-KV before KIVI at 2 bits", "aquakv", "kivi(bits=2)"),
+    ("CommVQ before KIVI at 2 bits", "commvq", "kivi(bits=2)"),
+    ("CommVQ before KVQuant at 2 bits", "commvq", "kvquant(bits=2)"),
+    ("NSNQuant before KIVI at 2 bits", "nsnquant", "kivi(bits=2)"),
+    ("NSNQuant before CQ at 1 bit", "nsnquant(bits=1)", "cq"),
+    ("CSR at 1.5 bits before KIVI at 1 bit (2 stored)", "csr", "kivi(bits=1)"),
+    ("VidKV at 1.5 bits before KIVI at 1 bit", "vidkv", "kivi(bits=1)"),
+    ("TurboQuant at 4 bits before KIVI at 4", "turboquant", "kivi"),
+    ("XQuant-CL before XQuant at 3 bits", "xquant_cl", "xquant(bits=3)"),
+    ("XQuant before KIVI at 4 bits", "xquant", "kivi"),
+)
 
 
 def main() -> None:
@@ -35,6 +57,7 @@ def main() -> None:
     parser.add_argument("--policies", default="", help="joined by ;, instead of all codecs")
     parser.add_argument("--results", type=Path, default=Path("results/rate_distortion.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/rate_distortion.png"))
+    parser.add_argument("--table", type=Path, default=Path("docs/rate_distortion.md"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -47,7 +70,7 @@ def main() -> None:
     lines = [line for line in map(json.loads, known) if all(line.get(name) == x for name, x in setting.items())]
     done = {(line["text"], line["policy"]) for line in lines}
     model, tokenizer = kvbudget.load(arguments.model)
-    policies = arguments.policies.split(";") if arguments.policies else ["full", *codecs(model)]
+    policies = arguments.policies.split(";") if arguments.policies else everything(model)
     length = arguments.context + arguments.continuation
     with arguments.results.open("a") as file:
         for number, ids in enumerate(passages(tokenizer, length, arguments.texts, source=source)):
@@ -65,7 +88,73 @@ def main() -> None:
                 print(json.dumps(line), file=file, flush=True)
                 print(json.dumps(line), flush=True)
                 lines.append(line)
-    draw([line for line in lines if line["policy"] != "full"], arguments.figure, arguments.model)
+    wanted = set(policies) - {"full"}
+    lines = [line for line in lines if line["policy"] in wanted and line["text"] < arguments.texts]
+    draw(lines, arguments.figure, arguments.model)
+    if not arguments.policies:
+        with written_whole(arguments.table) as unfinished:
+            unfinished.write_text(page(lines, setting, arguments.figure), encoding="utf-8")
+
+
+def everything(model) -> list[str]:
+    """All codecs that can be measured, and those that the claims name."""
+    named = [policy for _, *pair in CLAIMS for policy in pair]
+    found = codecs(model)
+    methods = {policy.partition("(")[0] for policy in found}
+    return list(dict.fromkeys(["full", *found, *(p for p in named if p.partition("(")[0] in methods)]))
+
+
+def page(lines: list[dict], setting: dict, figure: Path) -> str:
+    """The table of all codecs and the claims, in Markdown."""
+    cells: dict[str, list[dict]] = defaultdict(list)
+    for line in sorted(lines, key=lambda line: line["text"]):
+        cells[line["policy"]].append(line)
+    texts = len({line["text"] for line in lines})
+    logs = {policy: [math.log(max(line["kl"], 1e-9)) for line in found] for policy, found in cells.items()}
+    rows = []
+    for policy, found in cells.items():
+        kl = bootstrap(logs[policy])
+        bits, rise, agreement = (
+            sum(line[name] for line in found) / len(found) for name in ("bits", "rise", "agreement")
+        )
+        between = f"{math.exp(kl.mean):.2g} [{math.exp(kl.low):.2g}, {math.exp(kl.high):.2g}]"
+        rows.append((bits, f"| {policy} | {bits:.2f} | {between} | {rise:+.4f} | {agreement:.1%} |"))
+    judged = []
+    for claim, better, other in CLAIMS:
+        if better in cells and other in cells:
+            verdict, gap = compare(logs[better], logs[other])
+            factor = f"{math.exp(gap.mean):.2f} [{math.exp(gap.low):.2f}, {math.exp(gap.high):.2f}]"
+            holds = {"lower": "yes", "higher": "no, the other way round"}.get(verdict, verdict)
+            judged.append(f"| {claim} | {better} | {other} | {factor} | {holds} |")
+    return "\n".join(
+        [
+            f"# Rate and distortion of codecs on {setting['model']}",
+            "",
+            f"{texts} texts of {setting['source']}: {setting['context']} tokens in the cache, coded once, and the "
+            f"{setting['continuation']} that follow. True bits",
+            "per element are those stored for keys and values: codes, scales, what rows keep, and tails and first entries at 16",
+            "bits.",
+            "KL to the full cache in nats, geometric mean over texts with a 95% bootstrap interval over them.",
+            "",
+            f"![KL against bits]({figure.name})",
+            "",
+            "| codec | true bits | KL | NLL rise | top-1 agreement |",
+            "|---|---|---|---|---|",
+            *[row for _, row in sorted(rows)],
+            "",
+            "## What papers order",
+            "",
+            "Ratio of KL, paired over the texts: below 1 the first is closer to the full cache.",
+            "",
+            "| claim | first | second | ratio | as measured |",
+            "|---|---|---|---|---|",
+            *judged,
+            "",
+            f"    python benchmarks/rate_distortion.py --model {setting['model']} --text {setting['source']} "
+            f"--context {setting['context']} --continuation {setting['continuation']} --texts {texts}",
+            "",
+        ]
+    )
 
 
 def draw(lines: list[dict], path: Path, model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from kvbudget.policy.base import LookingBack, Parts, Span, Trigger
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.joint import Group
 from kvbudget.segments.quantized import QuantizedSegment
 
 
@@ -48,11 +50,18 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
     if parts.sharing is not None and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
     if parts.sharing is not None and parts.sharing.merges:
-        moved = parts.position_mode == "moved"
-        if parts.layers is not None or parts.destination is not None or parts.codec is not None or moved:
+        grouped = not parts.sharing.aligned or any(layer.owner is not None for layer in geometry.layers)
+        moved = parts.position_mode == "moved" or (grouped and parts.layers is not None)
+        if moved or parts.destination is not None or parts.codec is not None:
             raise PolicyError(
                 f"{policy}: merged layers hold the same entries, as they were merged; allocators over layers, codecs, "
                 "destinations and moved positions do not go with them"
+            )
+        ranked = parts.refinement is not None or parts.stages is not None or parts.plan is not None
+        if parts.sharing.aligned and (ranked or parts.position_mode != "original"):
+            raise PolicyError(
+                f"{policy}: heads that are coded together hold the same entries where they are; plans, stages, second looks at "
+                "scores and positions inside of the cache do not go with them; use a plain scorer, such as snapkv"
             )
     if parts.projection is not None:
         fitted = [recipe.name for recipe in policy.recipes if "calibration" in recipe.needs]
@@ -94,14 +103,18 @@ def budgeted_layer(
     read_states = () if looks_back is None else looks_back.states
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
-    paired = any(other.owner == index for other in geometry.layers)
-    merged = parts.sharing.segment if parts.sharing is not None and parts.sharing.merges and paired else None
     before_rope = parts.codec is not None and parts.codec[0].before_rope
     maker = segment_maker(parts, index, rotation_of(model, index) if before_rope else None)
+    sharing = parts.sharing
+    if sharing is not None and sharing.merges:
+        layers = sharing.together(geometry, index)
+        rotations = tuple(rotation_of(model, i) for i in layers) if sharing.aligned else ()
+        if sharing.aligned or len(layers) > 1:
+            maker = partial(sharing.segment, group=Group(layers, shape.num_kv_heads, rotations))
     layer = LayerCache(
         index,
         shape.num_kv_heads,
-        make_segment=maker if merged is None else merged,
+        make_segment=maker,
         states=(*scorer_states, *extra, *read_states),
         rotation=rotation,
         selector=None if isinstance(parts.selector, LookingBack) else parts.selector,

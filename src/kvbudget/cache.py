@@ -194,7 +194,8 @@ class KVCache(Cache):
             call = projection.enter(owner.index, call)
         merges = self.parts.sharing is not None and self.parts.sharing.merges
         if index != owner.index and merges:
-            call.face = 1
+            call.face = 1 + owner.readers.index(index)
+            self._calls[index] = call
         elif index != owner.index:
             call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
         elif owner.readers:
@@ -221,7 +222,7 @@ class KVCache(Cache):
         if self.parts.sharing is not None:
             self._ready.setdefault(owner.index, queries)
             if index == (owner.readers or [index])[-1]:
-                self._answered(owner.index, call if call.face else None)
+                self._answered(owner.index, owner.readers if merges else ())
         elif self.recording:
             self._recorded[index] = queries
         else:
@@ -234,14 +235,16 @@ class KVCache(Cache):
             return thinned.spread(out, width)
         return out if projection is None else projection.leave(owner.index, out, asked)
 
-    def _answered(self, index: int, upper: AttentionCall | None) -> None:
-        """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered."""
+    def _answered(self, index: int, others: Sequence[int]) -> None:
+        """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered.
+
+        ``others`` are the layers above whose entries lie beside its own.
+        """
         own = self._calls.pop(index, None)
         if own is not None:
-            pair = (own.key, own.value)
-            if upper is not None:
-                pair = (torch.cat([own.key, upper.key], dim=-1), torch.cat([own.value, upper.value], dim=-1))
-            self.layers[index].store.append(*pair, own.valid)
+            calls = [own, *(self._calls.pop(i) for i in others)]
+            key, value = (torch.cat([getattr(call, name) for call in calls], dim=-1) for name in ("key", "value"))
+            self.layers[index].store.append(key, value, own.valid)
         if self.recording:
             self._recorded[index] = self._ready.pop(index)
             return

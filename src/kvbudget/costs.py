@@ -41,20 +41,16 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     per_entry = 4.0 * (1 + states)
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
-    if parts.codec is None:
+    if parts.sharing is not None and parts.sharing.merges:
+        held, once = parts.sharing.entry_bytes(geometry, item)
+        per_entry, fixed = per_entry + held, fixed + once
+    elif parts.codec is None:
         per_entry += item * sum(widths)
     else:
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
             fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
-    pairs = sum(layer.owner is not None for layer in geometry.layers)
-    if parts.sharing is not None and parts.sharing.merges and pairs:
-        # All layers hold as many entries, so that the mean is what they cost; a share may be rounded up in some.
-        merged, once = parts.sharing.pair_bytes(sum(widths), item)
-        plain = per_entry - 4.0 * (1 + states)
-        per_entry += (merged - plain) * pairs / len(geometry.budgeted_layers)
-        fixed += once + abs(merged - plain)
     aside = 0.0
     if parts.destination is not None:
         fixed += parts.destination.fixed_bytes(*widths, item)

@@ -47,7 +47,7 @@ class Shares:
         """Entries per KV head and layer that protection may hold; it holds every page or coded unit that it touches."""
         protect, marked = self.parts.protect, sum(end - start for start, end in self.spans)
         edges = (1 if protect.recent else 0) + 2 * len(self.spans)
-        unit = self.parts.granularity.size
+        unit = max(self.parts.granularity.size, 1 if self.parts.sharing is None else self.parts.sharing.unit)
         for codec in self.parts.codec or ():
             # What fits into the full-precision tail need not be coded while the budget is that small.
             if codec.cyclic or protect.sinks + protect.recent + marked >= codec.residual:

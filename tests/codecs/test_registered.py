@@ -1,6 +1,7 @@
 """Every codec of the registry: deterministic, finite on constant data, of the size it says, and right through the cache."""
 
 import sys
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 
 from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
+from kvbudget.codecs.commuting import stages_of
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
@@ -33,6 +35,9 @@ SMALL = {
     "squat": "squat(group=16, residual=16)",
     "vidkv": "vidkv(group=16, residual=16)",
     "quantized_pruning": "quantized_pruning(residual=8)",
+    "xquant": "xquant(group=16)",
+    "xquant_cl": "xquant_cl(group=16, first=1)",
+    "aquakv": "aquakv(residual=16)",
 }
 SIDES = ("key", "value")
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
@@ -51,9 +56,16 @@ ARTIFACTS: dict[str, dict[str, Tensor]] = {
         side: normalize(torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)), dim=-1) for side in SIDES
     },
     "cq": {side: torch.randn(2, 2, 2, 256, 8, generator=torch.Generator().manual_seed(0)) for side in SIDES},
+    "xquant": {f"{side}_{way}": torch.eye(32).expand(2, 32, 32) for side in SIDES for way in ("down", "up")}
+    | {f"{side}_bias": torch.zeros(2, 32) for side in SIDES},
+    "xquant_cl": {name: torch.eye(64).expand(2, 64, 64) for name in ("down", "up", "basis")}
+    | {"bias": torch.zeros(2, 64), "place": torch.arange(2), "split": torch.tensor(32)},
+    "aquakv": {f"{side}_map": torch.full((2, rows, 32), 0.02) for side, rows in zip(SIDES, (32, 64), strict=True)}
+    | {f"{side}_bias": torch.zeros(2, 32) for side in SIDES},
 }
 CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
 FREE = [name for name in CODECS if "calibration" not in registry()[name].needs]
+CALIBRATED = ["kvquant", "commvq", "csr", "cq"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +112,35 @@ def test_deterministic_finite_and_of_its_size(name, width):
             assert bool(found.isfinite().all())
             # What lies below half precision may become zero.
             assert (found - constant).square().mean() <= max(0.6 * constant.square().mean(), 1e-14)
+
+
+@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibrated_codes_are_deterministic_finite_and_of_their_size(name, width):
+    """As above, with what one KV head would get of a calibration drawn at random."""
+    generator = torch.Generator().manual_seed(width)
+    drawn = {
+        "book": torch.linspace(-1, 1, 8).expand(2, 8),
+        "offset": torch.zeros(1, width),
+        "spread": torch.full((1, width), 3.0),
+        "words": torch.randn(1, width // 8, 256, 8, generator=generator),
+        "atoms": normalize(torch.randn(256, width, generator=generator), dim=-1),
+        "tables": torch.randn(1, stages_of(2, width), 64, width, generator=generator) / width**0.5,
+        "order": torch.arange(width),
+    }
+    for codec in sides(name):
+        known = {field.name for field in fields(codec)} & set(drawn)
+        codec = replace(codec, **{name: drawn[name] for name in known})
+        if name == "commvq" and known:
+            codec = replace(codec, stages=stages_of(2, width))
+        x = torch.randn(40, width, generator=generator)
+        place = alone(codec, x)
+        columns = codec.encode(x, place)
+        assert torch.equal(codec.decode(columns, place), codec.decode(codec.encode(x.clone(), place), place))
+        assert stored_bytes(columns) == pytest.approx(len(x) * codec.bytes_per_entry(width))
+        for constant in (torch.zeros_like(x), torch.full_like(x, -3.0), x * 0 + 1e-8):
+            found = codec.decode(codec.encode(constant, place), place)
+            assert found.shape == x.shape and bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize("name", CODECS)

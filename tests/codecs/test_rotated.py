@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kvbudget import kernels
 from kvbudget.codecs.integer import TokenQuant
 from kvbudget.codecs.rotated import NormalCodes, Rotated, SignSketch, hadamard, lloyd_max, random_rotation
+from kvbudget.kernels import reference
 
 
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128])
@@ -62,3 +64,20 @@ def test_clipped_ranges_suit_two_bits_of_normal_data():
         for c in (TokenQuant(bits=2, group=128, clip=0.8), TokenQuant(bits=2, group=128))
     ]
     assert error[0] < 0.9 * error[1]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_rotated_codes_are_attended_to_without_being_decoded(bits):
+    """Queries turned once and answers turned back are those over decoded entries, by both kernels."""
+    x = torch.randn(2 * 70, 64, generator=torch.Generator().manual_seed(bits))
+    codec = Rotated(base=NormalCodes(bits=bits), kind="random")
+    columns, query = codec.encode(x), torch.randn(2, 3, 64)
+    operand = codec.operand(columns, [0, 70], [0, 5])
+    assert operand is not None and operand.basis is not None
+    dense = codec.decode(columns).view(2, 70, 64)
+    for kernel in (reference.attend, kernels.attend):
+        part = kernel(query @ operand.basis, operand, operand, [70, 65], scale=0.3)
+        for row, begin in enumerate((0, 5)):
+            own = dense[row, begin:]
+            expected = (query[row] @ own.T * 0.3).softmax(-1) @ own
+            torch.testing.assert_close(part.out[row] @ operand.basis.T, expected, atol=1e-4, rtol=1e-4)

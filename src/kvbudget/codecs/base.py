@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbudget.kernels.reference import Operand
-
-Scope = Literal["entry", "unit", "row"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,6 @@ class Codec(ABC):
     encoded. What a calibration found belongs to the model: `at` takes a layer's part of it.
     """
 
-    scope: ClassVar[Scope] = "entry"
-    """Whether scales and the like belong to an entry, to a unit of entries or to the state of a row."""
     calibrated: ClassVar[str] = ""
     """The method whose calibration the codec needs, if any."""
     judges: ClassVar[bool] = False
@@ -135,6 +131,7 @@ class Codec(ABC):
     def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
         """What kernels read: rows begin at unit ``starts[r]``, and entry ``skip[r]`` of a row comes first.
 
+        ``columns`` holds what rows keep too, ``[R, ...]``, under the names of the state.
         None where there is no fused form: blocks of entries are then decoded inside the attention.
         """
         return None

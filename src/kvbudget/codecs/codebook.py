@@ -104,7 +104,6 @@ class Normalized(Codec):
     word to what those before have left. Decodes to ``s1 (s2 c + mu)``. Entries should have been rotated before.
     """
 
-    scope = "unit"
     unit: int = 64
     residual: int = 64
     cyclic: bool = True
@@ -169,7 +168,6 @@ class Prompted(Codec):
     coded with the same words.
     """
 
-    scope = "row"
     channels: int = 4
     steps: int = 5
     fitted: int = 1024

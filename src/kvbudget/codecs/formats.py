@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbudget.codecs.base import Asked, Codec, Place, Scope
+from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.kernels.reference import DenseOperand, Operand
 
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -40,8 +39,6 @@ class Float8(Codec):
     The scale is found once and stays (as in vLLM and transformers, there per layer); what exceeds the range is clamped.
     """
 
-    scope: ClassVar[Scope] = "row"
-
     kind: str = "fp8_e4m3"
 
     def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
@@ -71,8 +68,6 @@ class Posit(Codec):
 
     Precision is best near one. Rounds to the nearest posit, never to zero or NaR; ties go to the smaller magnitude.
     """
-
-    scope: ClassVar[Scope] = "row"
 
     bits: int = 8
     es: int = 0

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbudget import kernels
-from kvbudget.codecs.base import Codec, Place, Scope
+from kvbudget.codecs.base import Codec, Place
 from kvbudget.errors import PolicyError
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
@@ -44,7 +44,7 @@ class TokenQuant(Codec):
             raise PolicyError(f"a group of {self.group} channels holds nothing to quantize; give at least 1")
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
-        group = _divisor(x.shape[-1], self.group)
+        group = divisor(x.shape[-1], self.group)
         if self.clip < 1:
             x = _clipped(x.float(), group, self.clip)
         codes, scale, zero = kernels.encode_tokens(x, self.bits, group)
@@ -60,14 +60,13 @@ class TokenQuant(Codec):
         return TokenQuantOperand(columns["codes"], columns["scale"], columns["zero"], self.bits, group, first)
 
     def bytes_per_entry(self, width: int) -> float:
-        return packed_width(width, self.bits) + 4 * (width // _divisor(width, self.group))
+        return packed_width(width, self.bits) + 4 * (width // divisor(width, self.group))
 
 
 @dataclass(frozen=True)
 class ChannelQuant(Codec):
     """One scale and zero per channel and ``unit`` consecutive entries: stored and evicted in units of that many."""
 
-    scope: ClassVar[Scope] = "unit"
     placed: ClassVar[bool] = False
 
     bits: int = 4
@@ -117,7 +116,7 @@ def _clipped(x: Tensor, group: int, clip: float) -> Tensor:
     return grouped.clamp(low + cut, high - cut).flatten(-2)
 
 
-def _divisor(width: int, group: int) -> int:
+def divisor(width: int, group: int) -> int:
     """The largest group size of at most ``group`` channels that divides ``width`` (head_dim 80 takes 20 for 32)."""
     return next(g for g in range(min(group, width), 0, -1) if width % g == 0)
 

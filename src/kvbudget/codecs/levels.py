@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvbudget.codecs.base import Asked, Codec, Place, Scope
+from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.integer import check_bits
 from kvbudget.kernels.encode import HALF_MAX, quantize
 from kvbudget.kernels.reference import pack, packed_width, unpack
@@ -67,7 +67,6 @@ class SalientQuant(Levels):
     queries (the end of a plan) the newest entries count as salient.
     """
 
-    scope: ClassVar[Scope] = "row"
     judges: ClassVar[bool] = True
 
     low: int = 2

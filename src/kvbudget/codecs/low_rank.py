@@ -1,12 +1,14 @@
 """A low-rank term for what a codec misses."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Place, Stage
+from kvbudget.codecs.sparse import corrected
+from kvbudget.kernels.reference import Operand
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class LowRank(Stage):
         assert place is not None
         added = columns["projected"].float() @ place.of("basis").float().mT
         return self.base.decode(columns, place) + added.flatten(0, 1)
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
+        found = corrected(self.base, columns, starts, skip)
+        return None if found is None else replace(found, projected=columns["projected"], directions=columns["basis"])
 
     def state_bytes(self, width: int) -> float:
         return self.base.state_bytes(width) + 2 * width * self.rank

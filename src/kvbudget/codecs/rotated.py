@@ -1,16 +1,19 @@
 """Orthogonal transforms of entries before they are coded, and scalar codes that are best for normal data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place, Stage
-from kvbudget.kernels.reference import pack, packed_width, unpack
+from kvbudget.codecs.codebook import codewords, nearest
+from kvbudget.codecs.integer import divisor
+from kvbudget.kernels.codebook import CodebookOperand
+from kvbudget.kernels.reference import Operand, pack, packed_width, unpack
 
 Kind = Literal["hadamard", "random"]
 
@@ -34,6 +37,13 @@ class Rotated(Stage):
     def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
         turned = self.base.decode(columns, place)
         return turned @ self._matrix(turned).T
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
+        found = self.base.operand(columns, starts, skip)
+        if found is not None:
+            matrix = self._matrix(found.block(0, 0, 0))
+            found.basis = matrix if found.basis is None else matrix @ found.basis
+        return found
 
     def bytes_per_entry(self, width: int) -> float:
         return self.base.bytes_per_entry(width)
@@ -101,8 +111,28 @@ class NormalCodes(Codec):
         width = packed.shape[-1] * 8 // self.bits
         return values[unpack(packed, self.bits, width).long()] * columns["norm"].float() / math.sqrt(width)
 
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
+        """Packed codes are bytes, and name words of the channels that share one; channels are in the order of the packing."""
+        packed = columns["codes"]
+        if self.bits == 3:
+            return None
+        shared, width = 8 // self.bits, packed.shape[-1] * 8 // self.bits
+        words = byte_words(self.bits).to(packed.device) / math.sqrt(width)
+        book = words.expand(1, 1, packed.shape[-1], *words.shape)
+        found = CodebookOperand(packed[:, None], book, starts, skip, columns["norm"])
+        order = torch.arange(width, device=packed.device).view(shared, -1).T.flatten()
+        found.basis = torch.eye(width, device=packed.device)[:, order]
+        return found
+
     def bytes_per_entry(self, width: int) -> float:
         return packed_width(width, self.bits) + 2
+
+
+@cache
+def byte_words(bits: int) -> Tensor:
+    """What each byte of packed codes stands for: ``[256, 8 / bits]``, the code in the lowest bits first."""
+    shifts = torch.arange(0, 8, bits)
+    return lloyd_max(bits)[(torch.arange(256)[:, None] >> shifts) & (2**bits - 1)]
 
 
 @cache
@@ -155,3 +185,53 @@ class SignSketch(Stage):
 
     def _sketch(self, width: int, device: torch.device) -> Tensor:
         return torch.randn(width, width, generator=torch.Generator().manual_seed(self.seed)).to(device)
+
+
+@dataclass(frozen=True)
+class GridCodes(Codec):
+    """Pairs of rotated channels as points of a grid that is good for two normal numbers (HIGGS, arXiv 2411.17525).
+
+    Each ``group`` of channels (the largest divisor of them up to it) keeps its norm in half precision and is turned by a
+    randomized Hadamard matrix; a pair takes ``2 bits`` bits, the nearest of ``4^bits`` points. Decodes to the norm times
+    the points, turned back.
+    """
+
+    placed: ClassVar[bool] = False
+
+    bits: int = 2
+    group: int = 1024
+
+    def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
+        group = divisor(x.shape[-1], self.group)
+        turned = x.float().unflatten(-1, (-1, group)) @ randomized(group).to(x.device)
+        norm = turned.norm(dim=-1, keepdim=True).clamp_max(torch.finfo(torch.float16).max).half()
+        pairs = (turned * (math.sqrt(group) / norm.float().clamp_min(1e-20))).reshape(1, -1, 2)
+        codes = nearest(pairs, normal_grid(self.bits).to(x.device)[None])[0]
+        halves = torch.stack([codes >> self.bits, codes & (2**self.bits - 1)], -1)
+        return {"codes": pack(halves.view(len(x), -1), self.bits), "norm": norm[..., 0]}
+
+    def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
+        packed, norm = columns["codes"], columns["norm"].float()
+        width = packed.shape[-1] * 8 // self.bits
+        halves = unpack(packed, self.bits, width).long().unflatten(-1, (-1, 2))
+        points = normal_grid(self.bits).to(packed.device)[(halves[..., 0] << self.bits) + halves[..., 1]]
+        turned = points.flatten(1).unflatten(1, (norm.shape[1], -1))
+        group = turned.shape[-1]
+        return (turned * (norm[..., None] / math.sqrt(group)) @ randomized(group).to(packed.device).T).flatten(1)
+
+    def bytes_per_entry(self, width: int) -> float:
+        return packed_width(width, self.bits) + 2 * width / divisor(width, self.group)
+
+
+@cache
+def randomized(width: int) -> Tensor:
+    """`hadamard` after random signs with a fixed seed, so that a constant vector is spread too."""
+    signs = torch.randint(2, (width, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return signs * hadamard(width)
+
+
+@cache
+def normal_grid(bits: int) -> Tensor:
+    """``4^bits`` points ``[n, 2]`` for two independent N(0, 1) numbers, by k-means over 2^15 draws with a fixed seed."""
+    draws = torch.randn(1, 2**15, 2, generator=torch.Generator().manual_seed(0))
+    return codewords(draws, 4**bits, steps=25)[0]

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvbudget.codecs.base import Asked, Codec, Place, Scope
+from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.integer import check_bits
 from kvbudget.kernels.encode import HALF_MAX
 from kvbudget.kernels.reference import pack, packed_width, unpack
@@ -20,8 +20,6 @@ class SpanQuant(Codec):
     Shrunk toward ``zero`` as in arXiv 2502.14882 (``[shrink min, shrink max]``) or toward the ``middle`` of the range, which
     suits channels that are far from zero. No scale is kept per entry or group. A channel without a range decodes to its value.
     """
-
-    scope: ClassVar[Scope] = "row"
 
     bits: int = 1
     shrink: float = 0.5

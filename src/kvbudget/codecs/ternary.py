@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbudget.codecs.base import Asked, Codec, Place, Scope
+from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.rotated import cosines
 from kvbudget.kernels.encode import encode_units
 from kvbudget.kernels.reference import pack, packed_width, unpack
@@ -23,8 +22,6 @@ class MixedChannels(Codec):
     unit. The others are transformed by cosines along the channels, and each coefficient keeps its sign and, per unit, its
     mean magnitude. The paper's complex FFT of n numbers makes 2 n, two bits each channel; cosines keep n.
     """
-
-    scope: ClassVar[Scope] = "unit"
 
     unit: int = 32
     residual: int = 128
@@ -77,8 +74,6 @@ class Ternary(Codec):
     Elements below half of the mean magnitude become 0. a is the mean magnitude of the others, which has less error than the
     paper's mean over all.
     """
-
-    scope: ClassVar[Scope] = "unit"
 
     unit: int = 32
     residual: int = 128

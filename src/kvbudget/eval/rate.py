@@ -15,35 +15,42 @@ from kvbudget.eval.fidelity import Fidelity, compare_logits, continuation_logits
 from kvbudget.eval.replay import Recording, replay
 from kvbudget.methods import parse, registry
 from kvbudget.segments.base import Segment
+from kvbudget.segments.joint import JointSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
 WIDTHS = (8, 4, 3, 2, 1)
 
 
-def true_bits(cache: KVCache) -> float:
+def true_bits(cache: KVCache, plain: int = 0) -> float:
     """Stored bits per element of the held keys and values: codes, scales, row states and full-precision entries.
 
-    Positions, score states and room for entries to come are left out.
+    Positions, score states and room for entries to come are left out. Elements in full precision count ``plain`` bits (0: as
+    they are stored), for models that run in another format than they were trained in.
     """
     bits, elements = 0.0, 0
     for layer in cache.layers:
         if isinstance(layer, AttentionLayer):
             for segment in layer.store.segments:
                 if segment.longest:
-                    bits += 8 * stored_bytes(segment)
+                    bits += 8 * stored_bytes(segment, plain)
                     elements += sum(segment.lengths) * _width(segment)
     return bits / max(elements, 1)
 
 
-def stored_bytes(segment: Segment) -> float:
-    """Bytes of keys and values in a segment, without spare room."""
-    if not isinstance(segment, QuantizedSegment):
-        return sum(_cells(segment.meta, (name,)) for name in ("key", "value"))
-    tables = [table for table in segment.tables() if table is not segment.meta]
-    states: Sequence[Tensor] = [*segment.key.state.values(), *segment.value.state.values()]
-    known = sum(state.numel() * state.element_size() for state in states)
-    return known + sum(_cells(table, tuple(table.columns)) for table in tables)
+def stored_bytes(segment: Segment, plain: int = 0) -> float:
+    """Bytes of keys and values in a segment, without spare room; ``plain`` as in `true_bits`."""
+    if not isinstance(segment, (QuantizedSegment, JointSegment)):
+        return sum(_cells(segment.meta, (name,), plain) for name in ("key", "value"))
+    full = [segment.first, segment.tail] if isinstance(segment, JointSegment) else []
+    states: Sequence[Tensor] = ()
+    if isinstance(segment, QuantizedSegment):
+        states = [*segment.key.state.values(), *segment.value.state.values()]
+        full = [table for store in (segment.key, segment.value) for table in (store.first, store.tail)]
+    known: float = sum(state.numel() * state.element_size() for state in states)
+    coded = [table for table in segment.tables() if table is not segment.meta and not any(table is x for x in full)]
+    known += sum(_cells(table, tuple(table.columns)) for table in coded)
+    return known + sum(_cells(table, tuple(table.columns), plain) for table in full)
 
 
 def expected_bits(codec: Codec, width: int, entries: int, itemsize: int) -> float:
@@ -65,10 +72,18 @@ def measure(
     full: Tensor,
     budget: int | str | None = None,
 ) -> tuple[float, Fidelity]:
-    """True bits after the recorded context under a policy, and how its next-token logits differ from ``full [n, V]``."""
-    cache = replay(recording, KVCache(model, policy, budget))
+    """True bits after the recorded context under a policy, and how its next-token logits differ from ``full [n, V]``.
+
+    Elements in full precision count 16 bits at most, as checkpoints have them.
+    """
+    cache = KVCache(model, policy, budget)
+    if cache.parts.replayable:
+        replay(recording, cache)
+    else:
+        with torch.inference_mode():
+            model.base_model(recording.ids, past_key_values=cache)
     logits = continuation_logits(model, cache, recording.logits, continuation)
-    return true_bits(cache), compare_logits(full, logits, continuation[0])
+    return true_bits(cache, min(16, 8 * model.dtype.itemsize)), compare_logits(full, logits, continuation[0])
 
 
 def codecs(model: PreTrainedModel) -> list[str]:
@@ -89,12 +104,14 @@ def codecs(model: PreTrainedModel) -> list[str]:
 
 
 def _width(segment: Segment) -> int:
-    """Channels of a key and a value."""
+    """Channels of a key and a value, of all layers that are held together."""
+    if isinstance(segment, JointSegment):
+        return sum(segment.tail.columns[name].shape[-1] for name in ("key", "value"))
     if isinstance(segment, QuantizedSegment):
         return sum(store.tail.columns["data"].shape[-1] for store in (segment.key, segment.value))
     return sum(segment.meta.columns[name].shape[-1] for name in ("key", "value"))
 
 
-def _cells(table: RaggedTable, names: tuple[str, ...]) -> float:
+def _cells(table: RaggedTable, names: tuple[str, ...], bits: int = 0) -> float:
     sizes = (table.columns[name][:1] for name in names)
-    return table.total * sum(torch.numel(cell) * cell.element_size() for cell in sizes)
+    return table.total * sum(torch.numel(cell) * (bits / 8 or cell.element_size()) for cell in sizes)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, nearest
-from kvbudget.kernels import encode, ragged, reference
+from kvbudget.kernels import corrected, encode, ragged, reference
 from kvbudget.kernels.codebook import CodebookOperand
+from kvbudget.kernels.corrected import FEW_QUERIES, CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.ragged import Layout
 from kvbudget.kernels.reference import (
@@ -34,6 +35,7 @@ __all__ = [
     "Backend",
     "ChannelQuantOperand",
     "CodebookOperand",
+    "CorrectedOperand",
     "DenseOperand",
     "GatheredOperand",
     "Layout",
@@ -95,6 +97,10 @@ def backend() -> Backend:
 
 def attend(query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], **options: Any) -> Partial:
     """Decode attention over ragged rows; see `reference.attend`."""
+    if isinstance(key, CorrectedOperand) or isinstance(value, CorrectedOperand):
+        if query.shape[1] <= FEW_QUERIES and options.get("softcap") is None and all(lengths):
+            return corrected.attend(query, key, value, lengths, attend_keeping_logits, attend, **options)
+        return reference.attend(query, key, value, lengths, **options)
     if backend().name == "native":
         from kvbudget.kernels import native
 

@@ -26,11 +26,14 @@ class Partial(NamedTuple):
 class Operand:
     """What a kernel reads keys or values from: rows of a column in some storage format.
 
-    ``most`` bounds the entries of one `block`, where they have to be decoded into memory first.
+    ``most`` bounds the entries of one `block`, where they have to be decoded into memory first. Where there is a ``basis
+    [D, D]``, orthonormal, rows are the entries times it: whoever calls a kernel turns queries for keys by it, and answers
+    of values back.
     """
 
     starts: Sequence[int]
     most: int = 2**62
+    basis: Tensor | None = None
 
     def block(self, row: int, begin: int, end: int) -> Tensor:
         """Returns entries ``begin:end`` of a row as dense ``[end - begin, D]``."""

@@ -42,8 +42,10 @@ class Gear(Recipe):
     rank: int = 4
 
     def __post_init__(self) -> None:
-        if self.sparsity > 0.5 or not 0 < self.group <= 256:
-            raise PolicyError(f"gear: sparsity={self.sparsity} and group={self.group} must be at most 0.5 and 256")
+        if self.sparsity > 0.5 or not 1 < self.group <= 256:
+            raise PolicyError(
+                f"gear: sparsity={self.sparsity} must be at most 0.5, and group={self.group} between 2 and 256"
+            )
         self.parts()
 
     def parts(self) -> dict[str, Any]:

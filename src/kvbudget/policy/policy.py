@@ -93,8 +93,10 @@ class Policy:
                 else:
                     if role not in filled:
                         filled[role], by[role] = part, recipe.name
-        if "thinning" in filled and "scorer" in filled and not filled["scorer"].aligned:
-            filled["scorer"], by["scorer"] = Shared(filled["scorer"]), by["thinning"]
+        alike = [role for role in ("thinning", "sharing") if role in filled]
+        alike = [role for role in alike if role == "thinning" or filled[role].aligned]
+        if alike and "scorer" in filled and not filled["scorer"].aligned:
+            filled["scorer"], by["scorer"] = Shared(filled["scorer"]), by[alike[0]]
         if "heads" in filled and "scorer" in filled and filled["scorer"].aligned:
             raise PolicyError(
                 f"{by['scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to share out; "

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvbudget.codecs.joint import JointCodec
 from kvbudget.errors import PolicyError
 from kvbudget.models import CacheGeometry
 from kvbudget.policy.base import Part
 from kvbudget.segments.base import Segment
+from kvbudget.segments.joint import Group, JointSegment
 from kvbudget.segments.paired import PairedSegment
 
 
@@ -22,7 +24,14 @@ class Sharing(Part, ABC):
     """
 
     merges: ClassVar[bool] = False
-    """Whether an owner and its one reader hold their entries merged (`segment`), and each is answered by its own."""
+    """Whether an owner and its readers hold their entries together (`segment`), and each is answered by its own."""
+    aligned: ClassVar[bool] = False
+    """Whether the heads of what is held together hold the same entries; `segment` then gets the layers' rotations."""
+
+    @property
+    def unit(self) -> int:
+        """Entries that can only be kept or evicted together."""
+        return 1
 
     @abstractmethod
     def owners(self, layers: int) -> list[int]:
@@ -53,13 +62,17 @@ class Sharing(Part, ABC):
                 shapes[i] = geometry.layers[index[i]].sliding(windows[i])
         return geometry.replaced(dict(zip(index, shapes, strict=True)))
 
-    def segment(self, num_rows: int) -> Segment:
-        """What holds a pair of layers whose entries are merged."""
+    def segment(self, num_rows: int, group: Group) -> Segment:
+        """What holds the entries of a group of layers."""
         raise NotImplementedError
 
-    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
-        """Bytes of an entry of a merged pair with ``width`` elements of key and value, and those that come once per row."""
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
+        """Bytes of an entry's keys and values per KV head, the mean over the layers that hold any, and those once per row."""
         raise NotImplementedError
+
+    def together(self, layout: CacheGeometry, index: int) -> tuple[int, ...]:
+        """Layer ``index`` and the layers that read what it holds."""
+        return (index, *(i for i, layer in enumerate(layout.layers) if layer.owner == index))
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,44 @@ class MergedPairs(Sharing):
         first = round(self.start * layers)
         return [i if i < first else i - (i - first) % 2 for i in range(layers)]
 
-    def segment(self, num_rows: int) -> Segment:
+    def segment(self, num_rows: int, group: Group) -> Segment:
         return PairedSegment(num_rows, self.part, self.share)
 
-    def pair_bytes(self, width: int, itemsize: int) -> tuple[float, float]:
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
+        holding = layout.budgeted_layers
+        width = sum((layout.layers[holding[0]].key_head_dim, layout.layers[holding[0]].value_head_dim))
         retained = 2 * width * itemsize + 4 + 4  # position and angle
-        return (width + 4) * itemsize + self.share * retained, retained
+        plain, merged = float(width * itemsize), (width + 4) * itemsize + self.share * retained
+        pairs = sum(layer.owner is not None for layer in layout.layers)
+        # All layers hold as many entries, so that the mean is what they cost; a share may be rounded up in some.
+        once = retained + abs(merged - plain) if pairs else 0.0
+        return plain + (merged - plain) * pairs / len(holding), once
+
+
+@dataclass(frozen=True)
+class Joint(Sharing):
+    """All KV heads of a token are coded together, by a codec of single layers, or of all layers one upon the other."""
+
+    merges: ClassVar[bool] = True
+    aligned: ClassVar[bool] = True
+
+    codec: JointCodec
+    layered: bool = False
+
+    @property
+    def unit(self) -> int:
+        return self.codec.unit
+
+    def owners(self, layers: int) -> list[int]:
+        return [0] * layers if self.layered else list(range(layers))
+
+    def segment(self, num_rows: int, group: Group) -> Segment:
+        return JointSegment(num_rows, self.codec, group)
+
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
+        codec, holding = self.codec, layout.budgeted_layers
+        shape, faces = layout.layers[holding[0]], len(self.together(layout, holding[0]))
+        widths = (shape.num_kv_heads * shape.key_head_dim, shape.num_kv_heads * shape.value_head_dim)
+        each = sum(codec.bytes_per_entry(place, *widths) for place in range(faces)) / shape.num_kv_heads
+        tail = (codec.longest_tail + codec.sinks) * faces * itemsize * sum(widths) / shape.num_kv_heads
+        return each, tail + codec.unit * each

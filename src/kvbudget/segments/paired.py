@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kvbudget import kernels
-from kvbudget.errors import PolicyError
-from kvbudget.kernels.reference import DenseOperand, Partial
-from kvbudget.segments.base import AttendContext, Segment
+from kvbudget.segments.base import Segment
 from kvbudget.segments.ragged import RaggedTable
+from kvbudget.segments.restored import RestoredSegment
 
 PARALLEL = 1e-4
 """Angles below this have a sine too small to divide by; their directions are mixed linearly."""
@@ -35,12 +33,11 @@ def interpolate(one: Tensor, other: Tensor, part: float) -> tuple[Tensor, Tensor
     return normalize(left * first + right * second, dim=-1), norms, angle
 
 
-class PairedSegment(Segment):
+class PairedSegment(RestoredSegment):
     """Keys ``[N, 2 D]`` and values ``[N, 2 Dv]`` of a lower and an upper layer side by side, merged as they come.
 
     ``meta`` holds a direction and two norms of each entry's keys and values; ``apart`` both layers' vectors of at most
-    ``ceil(retained * entries)`` entries per row, whose keys differ most by angle. Attention is for one layer of the two,
-    `AttendContext.face`; whoever judges entries sees the lower one's.
+    ``ceil(retained * entries)`` entries per row, whose keys differ most by angle.
     """
 
     def __init__(self, num_rows: int, part: float, retained: float) -> None:
@@ -67,27 +64,14 @@ class PairedSegment(Segment):
         raw = {"key": key[at], "value": value[at], "position": meta["position"][at], "angle": angle[at]}
         self.apart.append(raw, [len(row) for row in picked])
 
-    def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
-        starts = self._starts()
-        key, value = (
-            DenseOperand(x.reshape(-1, x.shape[-1]), starts)
-            for x in (self._restored("key", ctx.face), self._restored("value", ctx.face))
-        )
-        return kernels.attend(query, key, value, self.lengths, **self._options(ctx))
-
-    def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
-        keys = self.keys()
-        operand = DenseOperand(keys.reshape(-1, keys.shape[-1]), self._starts())
-        return kernels.mass(query, operand, self.lengths, lse, **self._options(ctx))
+    def restored(self, face: int) -> tuple[Tensor, Tensor]:
+        return self._restored("key", face), self._restored("value", face)
 
     def keys(self) -> Tensor:
         return self._restored("key", 0)
 
     def values(self) -> Tensor:
         return self._restored("value", 0)
-
-    def writable(self, row: int) -> tuple[Tensor, Tensor]:
-        raise PolicyError("entries of merged layers cannot be written in place")
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
         kept = []
@@ -163,15 +147,6 @@ class PairedSegment(Segment):
 
     def _most(self, entries: int) -> int:
         return math.ceil(self.retained * entries)
-
-    def _starts(self) -> list[int]:
-        return [row * self.longest for row in range(self.num_rows)]
-
-    def _options(self, ctx: AttendContext) -> dict:
-        return {
-            "scale": ctx.scale, "softcap": ctx.softcap, "window": ctx.window, "causal_tail": ctx.causal_tail,
-            "query_positions": ctx.query_positions, "positions": self.positions().flatten(), "entry_starts": self._starts(),
-        }  # fmt: skip
 
     def _restored(self, name: str, face: int) -> Tensor:
         """Keys or values of one of the two layers: ``[R, longest, D]``."""

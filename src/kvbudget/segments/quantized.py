@@ -58,14 +58,17 @@ class QuantizedSegment(Segment):
 
     def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
         query = self._balanced(query)
-        partials = [
-            kernels.attend(query, key, value, lengths, **bias) for key, value, lengths, bias in self._ranges(ctx)
-        ]
+        partials = []
+        for key, value, lengths, bias in self._ranges(ctx):
+            part = kernels.attend(_turned(query, key), key, value, lengths, **bias)
+            partials.append(part if value.basis is None else Partial(part.out.float() @ value.basis.T, part.lse))
         return kernels.merge(partials)
 
     def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
         query = self._balanced(query)
-        pieces = [kernels.mass(query, key, lengths, lse, **bias) for key, _, lengths, bias in self._ranges(ctx)]
+        pieces = [
+            kernels.mass(_turned(query, key), key, lengths, lse, **bias) for key, _, lengths, bias in self._ranges(ctx)
+        ]
         return [torch.cat(row) for row in zip(*pieces, strict=True)]
 
     def keys(self) -> Tensor:
@@ -220,3 +223,8 @@ class QuantizedSegment(Segment):
             )
         if empty:
             raise AssertionError("an empty segment was asked to attend")
+
+
+def _turned(query: Tensor, key: Operand) -> Tensor:
+    """Queries as the rows of an operand ask for them."""
+    return query if key.basis is None else query.float() @ key.basis

@@ -21,7 +21,8 @@ class Reading:
 
     ``logits [B, Hkv, G, n, T]`` float32, -inf where a query may not look; ``lse [B, Hkv, G, n]`` is their log-sum-exp over all
     entries (a sink logit of the model included), against which weights after the softmax are taken. ``query [B, Hkv, G, n, D]``
-    and ``keys [B, Hkv, T, D]`` in float32; ``visible [B, Hkv, n, T]`` bool; ``layer_idx`` of the model.
+    and ``keys [B, Hkv, T, D]`` in float32; ``visible [B, Hkv, n, T]`` bool; ``layer_idx`` of the model. ``steps
+    [B, n]`` are the positions of the queries and ``positions [B, Hkv, T]`` those of the entries, -1 for an empty cell.
     """
 
     layer_idx: int
@@ -30,6 +31,8 @@ class Reading:
     logits: Tensor
     lse: Tensor
     visible: Tensor
+    steps: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def probabilities(self) -> Tensor:
@@ -105,7 +108,7 @@ def attend(
         lse = torch.logsumexp(logits, dim=-1)
         if sink is not None:
             lse = torch.logaddexp(lse, sink.float().view(1, keys.shape[1], -1, 1))
-        reading = Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible)
+        reading = Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible, steps[:, at], positions)
         chosen = selector.select(reading)
         weights, mean_weight = chosen.weights, chosen.mean_weight
         if whole is not None:

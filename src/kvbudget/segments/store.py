@@ -188,7 +188,7 @@ class CodecStore:
         if part == SEALED:
             fused = None
             if self.rotation is None and not self.codec.variable:
-                fused = self.codec.operand(self.sealed.columns, self.sealed.starts, begin)
+                fused = self.codec.operand(self.sealed.columns | self.state, self.sealed.starts, begin)
             return fused or DecodedOperand(lambda row, b, e: self.decoded(row, begin[row] + b, begin[row] + e))
         table = self.first if part == FIRST else self.tail
         return DenseOperand(table.columns["data"], [s + b for s, b in zip(table.starts, begin, strict=True)])
@@ -199,8 +199,8 @@ class CodecStore:
             return None
         tail, sealed = DenseOperand(self.tail.columns["data"], self.tail.starts), None
         if self.sealed.columns:
-            sealed = self.codec.operand(self.sealed.columns, self.sealed.starts, [0] * len(self.started))
-            if sealed is None:
+            sealed = self.codec.operand(self.sealed.columns | self.state, self.sealed.starts, [0] * len(self.started))
+            if sealed is None or sealed.basis is not None:
                 return None
         return Side(sealed, self.codec.unit, self.sealed if sealed is not None else None, tail, self.tail)
 

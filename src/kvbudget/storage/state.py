@@ -27,7 +27,8 @@ def pack(cache: KVCache) -> tuple[dict[str, Any], Tensors]:
     layers = []
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, AttentionLayer):
-            layers.append({"columns": layer.columns, **_pack_layer(layer.store, str(index), tensors)})
+            own = _pack_layer(layer.store, str(index), tensors) if layer.owns else {}
+            layers.append({"columns": layer.columns, **own})
         else:
             layers.append(_pack_recurrent(layer, str(index), tensors))
     state: dict[str, Any] = {
@@ -51,6 +52,8 @@ def unpack(cache: KVCache, state: Mapping[str, Any], tensors: Tensors) -> None:
         if isinstance(layer, AttentionLayer):
             shape = cache.geometry.layers[index]
             layer.columns, layer.is_initialized = numbers["columns"], bool(numbers["columns"])
+            if not layer.owns:
+                continue
             _unpack_layer(cache, layer.store, (shape.key_head_dim, shape.value_head_dim), numbers, str(index), tensors)
         else:
             _unpack_recurrent(layer, numbers, str(index), tensors)

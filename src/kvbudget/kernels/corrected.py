@@ -1,0 +1,126 @@
+"""Codes with low-rank and sparse additions, attended by two small products beside the kernels and never written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbudget.kernels.reference import DenseOperand, Operand, Partial
+
+FEW_QUERIES = 32
+"""Up to this many queries per row; more of them are worth decoding blocks of entries for."""
+LOWEST = -1e30
+"""Stands for a masked logit, since zero times it is zero."""
+
+
+@dataclass
+class CorrectedOperand(Operand):
+    """Entries of ``base`` in units of ``unit`` (starts and skip as in `ChannelQuantOperand`), and what is added to them.
+
+    Low rank: ``projected [N, unit, r]`` times the transpose of ``directions [R, D, r]``. Single elements: ``delta`` at
+    ``index``, which are ``[N, c, D]`` places in the unit per channel, or (``by_entry``) ``[N, c]`` channels per entry of
+    units of one. GEAR, arXiv 2403.05527.
+    """
+
+    base: Operand
+    unit: int
+    starts: Sequence[int]
+    skip: Sequence[int]
+    projected: Tensor | None = None
+    directions: Tensor | None = None
+    index: Tensor | None = None
+    delta: Tensor | None = None
+    by_entry: bool = False
+
+    def block(self, row: int, begin: int, end: int) -> Tensor:
+        dense = self.base.block(row, begin, end).float()
+        unit = torch.eye(end - begin, device=dense.device)
+        return dense + self.added_values(row, unit, begin)
+
+    def added_logits(self, row: int, query: Tensor, length: int) -> Tensor:
+        """What the additions to a row's first ``length`` entries give with ``query [M, D]``: ``[M, length]``."""
+        at, offset = self._units(row, 0, length)
+        total = query.new_zeros(len(query), (at.stop - at.start) * self.unit)
+        if self.projected is not None and self.directions is not None:
+            total += (query @ self.directions[row].float()) @ self.projected[at].flatten(0, 1).float().T
+        if self.index is not None and self.delta is not None:
+            if self.by_entry:
+                total += (query[:, self.index[at].long()] * self.delta[at].float()).sum(-1)
+            else:
+                terms = query[:, None, None] * self.delta[at].float()
+                total.index_add_(1, self._places(at), terms.flatten(1))
+        return total[:, offset : offset + length]
+
+    def added_values(self, row: int, weights: Tensor, begin: int = 0) -> Tensor:
+        """The additions to a row's entries from ``begin`` on, weighted by ``weights [M, T']``: ``[M, D]``."""
+        at, offset = self._units(row, begin, begin + weights.shape[1])
+        padding = (offset, (at.stop - at.start) * self.unit - offset - weights.shape[1])
+        spread = torch.nn.functional.pad(weights.float(), padding)
+        out = torch.zeros((), device=weights.device)
+        if self.projected is not None and self.directions is not None:
+            out = (spread @ self.projected[at].flatten(0, 1).float()) @ self.directions[row].float().T
+        if self.index is not None and self.delta is not None:
+            delta = self.delta[at].float()
+            if self.by_entry:
+                width = self.base.block(row, 0, 0).shape[-1]
+                terms = (spread[:, :, None] * delta).flatten(1)
+                out = out + weights.new_zeros(len(weights), width).index_add_(1, self.index[at].flatten().long(), terms)
+            else:
+                picked = spread[:, self._places(at)].unflatten(1, delta.shape)
+                out = out + (picked * delta).sum((1, 2))
+        return out
+
+    def _units(self, row: int, begin: int, end: int) -> tuple[slice, int]:
+        """Units that hold entries ``begin:end`` of a row, and where in them the first one is."""
+        begin, end = begin + self.skip[row], end + self.skip[row]
+        first = begin // self.unit
+        return slice(self.starts[row] + first, self.starts[row] - (-end // self.unit)), begin - first * self.unit
+
+    def _places(self, at: slice) -> Tensor:
+        """Which of the entries of some units the single elements belong to, flat."""
+        assert self.index is not None
+        index = self.index[at].long()
+        return (index + torch.arange(len(index), device=index.device)[:, None, None] * self.unit).flatten()
+
+
+def attend(
+    query: Tensor,
+    key: Operand,
+    value: Operand,
+    lengths: Sequence[int],
+    keeping_logits: Callable[..., tuple[Partial, Tensor]],
+    plain: Callable[..., Partial],
+    *,
+    scale: float,
+    **options: object,
+) -> Partial:
+    """As `reference.attend` for few queries, where keys or values (or both) are corrected and logits are not capped.
+
+    One kernel makes the logits of the codes; with what is added to them they are the keys of the other one, which unit
+    vectors ask for and which weighs the codes of the values.
+    """
+    rows, queries, _ = query.shape
+    nothing = DenseOperand(torch.zeros(max(lengths), 8, device=query.device), [0] * rows)
+    base = key.base if isinstance(key, CorrectedOperand) else key
+    _, flat = keeping_logits(query, base, nothing, lengths, scale=scale, **options)
+    logits = torch.zeros(sum(lengths), -(-queries // 8) * 8, device=query.device)
+    starts = [sum(lengths[:row]) for row in range(rows)]
+    for row, found in enumerate(flat.split([queries * length for length in lengths])):
+        found = found.view(queries, -1)
+        if isinstance(key, CorrectedOperand):
+            found = found + scale * key.added_logits(row, query[row].float(), lengths[row])
+        logits[starts[row] : starts[row] + lengths[row], :queries] = found.T.clamp_min(LOWEST)
+    unit = torch.eye(queries, logits.shape[1], device=query.device).expand(rows, -1, -1).contiguous()
+    base = value.base if isinstance(value, CorrectedOperand) else value
+    out, lse = plain(unit, DenseOperand(logits, starts), base, lengths, scale=1.0)
+    lse = lse.masked_fill(lse < LOWEST / 2, float("-inf"))
+    if isinstance(value, CorrectedOperand):
+        added = []
+        for row, length in enumerate(lengths):
+            own = logits[starts[row] : starts[row] + length, :queries].T
+            added.append(value.added_values(row, torch.exp(own - lse[row].nan_to_num(neginf=0.0)[:, None])))
+        out = out.float() + torch.stack(added)
+    return Partial(out, lse)
