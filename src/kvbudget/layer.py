@@ -207,7 +207,7 @@ class LayerCache:
             steps = seen + call.valid.long().cumsum(1) - 1
         self.append(call.key, call.value, call.valid)
         out, lse = selective.attend(
-            selector, self.layer_idx, self.segments, call.query, steps,
+            selector, self.layer_idx, self.depth, self.segments, call.query, steps,
             scale=call.scale, softcap=call.softcap, sink=call.sink, whole=whole,
         )  # fmt: skip
         return out.to(call.query.dtype), lse

@@ -28,7 +28,9 @@ def count_kept(keep: Tensor, lengths: Sequence[int], begins: Sequence[int], unit
     """`ragged.count_kept` by the extension, for a mask in ordinary memory."""
     keep = keep.contiguous()
     counts = native._native.count_kept(_flags(keep, begins, unit), lengths)
-    assert counts is not None, "mask selects padding" if not begins else "a sealed unit can only be kept or evicted whole"
+    assert counts is not None, (
+        "mask selects padding" if not begins else "a sealed unit can only be kept or evicted whole"
+    )
     return counts
 
 

@@ -186,9 +186,7 @@ class RaggedTable:
             rows = zip(self.lengths, self.capacities, self.limits, strict=True)
             self.reserve([min(capacity, max(length, limit)) for length, capacity, limit in rows])
 
-    def take(
-        self, keep: Tensor, spare: int | Sequence[int] = 0, begins: Sequence[int] = (), unit: int = 1
-    ) -> None:
+    def take(self, keep: Tensor, spare: int | Sequence[int] = 0, begins: Sequence[int] = (), unit: int = 1) -> None:
         """Keeps the entries where ``keep [R, longest]`` (bool) is set, in order, and returns the rest's memory.
 
         Each row gets room for ``spare`` more entries. Where all rows together need as many cells as they have, entries move
