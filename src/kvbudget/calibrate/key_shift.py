@@ -56,7 +56,8 @@ class KeyShift(TextCalibration):
             pairs = (
                 x[:, : self.length // self.window * self.window].unflatten(1, (-1, self.window)) for x in (one, other)
             )
-            found.append(cosine_similarity(*(x.flatten(2) for x in pairs), dim=-1).mean())
+            mine, theirs = (x.flatten(2) for x in pairs)
+            found.append(cosine_similarity(mine, theirs, dim=-1).mean())
         return {"sums": torch.stack(found) + state.get("sums", 0.0)}
 
     def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,8 +44,9 @@ class ClusteredSegment(DenseSegment):
     def writable(self, row: int) -> tuple[Tensor, Tensor]:
         raise PolicyError("keys that several heads share cannot be written in place")
 
-    def take(self, keep: Tensor, spare: int = 0) -> None:
-        self.owned.take(keep[self._holding()], spare)
+    def take(self, keep: Tensor, spare: int | Sequence[int] = 0) -> None:
+        holding = self._holding()
+        self.owned.take(keep[holding], spare if isinstance(spare, int) else [spare[r] for r in holding])
         self.meta.take(keep, spare)
 
     def gather(self, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:
