@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):  # n
 @needs_cmaes
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_a_cluster_finds_what_one_process_finds(folder, tmp_path):  # noqa: F811
-    search = Search(group=2, generations=1, population=2)
+    search = Search(group=2, generations=1, population=4)
     own = tune(setup(folder), search, ResultsFile(tmp_path / "own.jsonl"))
     assert tune(setup(folder), search, ResultsFile(tmp_path / "ray.jsonl"), ray=True) == own
 
