@@ -5,17 +5,16 @@ into each cache directly; its last 64 tokens and all new ones go through the mod
 steps in turns, so that a slow moment of the machine touches all of them; one thread is timed by its own processor time.
 
     python benchmarks/decode.py [--quick] [--threads 2] [--lengths 1024,2048,4096,8192,16384] [--tokens 128]
-        [--json results/decode.json] [--plot docs/decode.png] [--kvpress-python path]
-        [--llama-bench path --gguf file]
+        [--json results/decode.json] [--plot docs/decode.png] [--kvpress-python path] [--llama-python path --gguf file]
 
-Peers that are not there are left out with one line each: optimum-quanto or hqq (pip install), kvpress in an environment of
-its own (it needs an older transformers; see decode_kvpress.py), llama.cpp's llama-bench.
+Peers that are not there are left out with one line each: optimum-quanto (pip install optimum-quanto), and in environments of
+their own kvpress (it needs an older transformers; see decode_kvpress.py) and llama.cpp (see decode_llamacpp.py). What the
+JSON file holds for the same threads and tokens is not measured again, so that a run goes on where it was stopped.
 """
 
 import argparse
 import copy
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -208,7 +207,8 @@ class Timed:
     """The extension module, or one of its lanes, with a stopwatch around its functions."""
 
     def __init__(self, extension: Any, watch: Stopwatch) -> None:
-        for name in ("attend", "mass", "mass_of_logits", "encode", "merge", "scatter", "step", "accumulate"):
+        names = ("attend", "mass", "mass_of_logits", "encode", "merge", "step", "accumulate")
+        for name in (*names, "scatter", "count_kept", "compact", "select"):
             if hasattr(extension, name):
                 setattr(self, name, watch.around(getattr(extension, name)))
         if hasattr(extension, "Lane"):
@@ -232,26 +232,29 @@ def kvpress(arguments: argparse.Namespace, folder: str, length: int) -> list[dic
 
 def llama_cpp(arguments: argparse.Namespace, lengths: list[int]) -> list[dict[str, Any]]:
     """llama.cpp on the model's GGUF file with an f16 and a q4_0 cache; nothing, after one line, where it is missing."""
-    tool = arguments.llama_bench or shutil.which("llama-bench")
-    if tool is None or arguments.gguf is None:
-        print("left out: llama.cpp (give --llama-bench, its benchmark program, and --gguf, the model's file)")
+    if arguments.llama_python is None or arguments.gguf is None:
+        print(
+            "left out: llama.cpp (give --llama-python, an interpreter that has xllamacpp, and --gguf, the model's file)"
+        )
         return []
-    records = []
-    depths = ",".join(map(str, lengths))
-    for kind, per_block in (("f16", 64), ("q4_0", 18)):  # bytes per 32 numbers
-        options = ["-p", "0", "-n", str(arguments.tokens), "-d", depths, "-t", str(arguments.threads), "-fa", "1"]
-        command = [tool, "-m", arguments.gguf, "-ctk", kind, "-ctv", kind, *options, "-o", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"left out: llama.cpp {kind} ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
-            continue
-        for line in json.loads(done.stdout):
-            nbytes = 30 * 2 * 3 * 64 * line["n_depth"] * per_block // 32
-            speed = line["avg_ts"]
-            records.append(
-                {"name": f"llama.cpp {kind}", "length": line["n_depth"], "tokens_per_s": speed, "bytes": nbytes}
-            )
-    return records
+    script = Path(__file__).with_name("decode_llamacpp.py")
+    options = ["--lengths", ",".join(map(str, lengths)), "--tokens", str(arguments.tokens)]
+    command = [arguments.llama_python, str(script), arguments.gguf, *options, "--threads", str(arguments.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"left out: llama.cpp ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+        return []
+    return list(json.loads(done.stdout.splitlines()[-1])["records"])
+
+
+def show(records: list[dict[str, Any]], length: int) -> None:
+    """The table of one length; the first line is what the others are compared with."""
+    print(f"\nprompt of {length} tokens\n{'cache':38}{'tokens/s':>10}{'ms':>9}{'MiB':>9}{'x Dynamic':>11}")
+    mine = [r for r in records if r["length"] == length]
+    for r in mine:
+        ratio = r["tokens_per_s"] / mine[0]["tokens_per_s"]
+        ms, mib = 1e3 / r["tokens_per_s"], r["bytes"] / MIB
+        print(f"{r['name']:38}{r['tokens_per_s']:10.2f}{ms:9.1f}{mib:9.1f}{ratio:11.2f}", flush=True)
 
 
 def slopes(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -270,7 +273,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
+    lengths = sorted({record["length"] for record in records})
     figure, (speed, size) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in dict.fromkeys(record["name"] for record in records):
         mine = sorted((r for r in records if r["name"] == name), key=lambda r: r["length"])
@@ -279,6 +284,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         size.plot([r["length"] for r in mine], [r["bytes"] / MIB for r in mine], **style)
     for axes, label in ((speed, "tokens per second"), (size, "MiB held")):
         axes.set(xlabel="tokens of the prompt", ylabel=label, xscale="log", yscale="log")
+        axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +305,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("results/decode.json"))
     parser.add_argument("--plot", type=Path, default=Path("results/decode.png"))
     parser.add_argument("--kvpress-python")
-    parser.add_argument("--llama-bench")
+    parser.add_argument("--llama-python")
     parser.add_argument("--gguf")
     arguments = parser.parse_args()
     lengths = [1024, 2048] if arguments.quick else [int(n) for n in arguments.lengths.split(",")]
@@ -307,26 +316,34 @@ def main() -> None:
     plain = kvbudget.load(MODEL, dtype="bfloat16")[0]
     ours = copy.deepcopy(plain)
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}, {arguments.threads} threads", flush=True)
-    records: list[dict[str, Any]] = []
+    settings = {"threads": arguments.threads, "tokens": arguments.tokens}
+    result: dict[str, Any] = {**settings, "records": []}
+    if arguments.json.exists():
+        known = json.loads(arguments.json.read_text())
+        result = known if settings.items() <= known.items() else result
+    records = result["records"]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for length in lengths:
-        runs = list(caches(plain, ours, length, not arguments.no_quantized_cache))
-        measure(runs, arguments.tokens, clock)
-        found = [
-            {
-                "name": run.name, "length": length, "tokens_per_s": 1 / statistics.median(run.seconds),
-                "bytes": run.nbytes, "steps": len(run.seconds),
-            }
-            for run in runs
-        ]  # fmt: skip
-        found += kvpress(arguments, plain.name_or_path, length) if length == max(lengths) or length == 8192 else []
-        records += found
-        print(f"\nprompt of {length} tokens\n{'cache':38}{'tokens/s':>10}{'ms':>9}{'MiB':>9}{'x Dynamic':>11}")
-        for r in found:
-            ratio = r["tokens_per_s"] / found[0]["tokens_per_s"]
-            ms, mib = 1e3 / r["tokens_per_s"], r["bytes"] / MIB
-            print(f"{r['name']:38}{r['tokens_per_s']:10.2f}{ms:9.1f}{mib:9.1f}{ratio:11.2f}", flush=True)
-        del runs
-    records += llama_cpp(arguments, lengths)
+        names = {r["name"].split()[0] for r in records if r["length"] == length}
+        if "kvbudget" not in names:
+            runs = list(caches(plain, ours, length, not arguments.no_quantized_cache))
+            measure(runs, arguments.tokens, clock)
+            for run in runs:
+                speed = 1 / statistics.median(run.seconds)
+                records.append(
+                    {"name": run.name, "length": length, "tokens_per_s": speed, "bytes": run.nbytes,
+                     "steps": len(run.seconds)}
+                )  # fmt: skip
+            del runs
+        if "kvpress" not in names and length in (8192, max(lengths)):
+            records += kvpress(arguments, plain.name_or_path, length)
+        show(records, length)
+        arguments.json.write_text(json.dumps(result, indent=1))
+    if not any(r["name"].startswith("llama.cpp") for r in records):
+        # llama.cpp really reads its prompts, and refuses what does not fit the 8192 positions of the model.
+        records += llama_cpp(arguments, [length for length in lengths if length <= 4096])
+        for r in (r for r in records if r["name"].startswith("llama.cpp")):
+            print(f"{r['name']:20}{r['length']:8} tokens{r['tokens_per_s']:10.2f} tokens/s{r['bytes'] / MIB:9.1f} MiB")
     per_mib = slopes(records)
     print("\nmilliseconds per token and MiB of cache (slope over the lengths)")
     for name, slope in per_mib.items():
@@ -338,8 +355,7 @@ def main() -> None:
         print(
             f"{s['name']:38}{s['us_step']:9.0f}{s['us_in_kvbudget']:10.0f}{s['us_in_kernels']:9.0f}{s['us_overhead']:10.0f}"
         )
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"threads": arguments.threads, "records": records, "ms_per_mib": per_mib, "shares": shares}
+    result |= {"ms_per_mib": per_mib, "shares": shares}
     arguments.json.write_text(json.dumps(result, indent=1))
     draw(records, arguments.plot)
     print(f"\nwrote {arguments.json} and {arguments.plot}", file=sys.stderr)

@@ -2,6 +2,7 @@
 //
 //   g++ -std=c++17 -O3 -mavx2 -mfma -mf16c -Wno-psabi -I src/kvbudget/kernels/native benchmarks/instructions.cpp -o count
 //   ./count 64 3 4            head_dim, queries, bits (32 and 16: dense): time-stamp cycles per entry, data in the cache
+//   ./count 64 3 4 stream     the same with data from memory, beside what reading these bytes alone takes
 //   valgrind --tool=callgrind --toggle-collect='*attend*' ./count 64 3 4 once     instructions of 2048 entries
 #define KV_TABLE avx2_kernels
 #define KV_NAME "avx2"
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "table.h"
@@ -26,11 +28,30 @@ static std::vector<uint8_t> bytes(size_t n, uint8_t most) {
   return data;
 }
 
+// Cycles of reading bytes and doing nothing else.
+static unsigned long long read(const uint8_t* p, size_t n) {
+  const unsigned long long begin = __rdtsc();
+  vu sum[4] = {};
+  for (size_t i = 0; i + 128 <= n; i += 128)
+    for (int j = 0; j < 4; ++j) sum[j] += load_words(p + i + 32 * j);
+  vu total = sum[0] + sum[1] + sum[2] + sum[3];
+  __asm__ volatile("" : "+x"(total));
+  return __rdtsc() - begin;
+}
+
+static double median(std::vector<unsigned long long> turns) {
+  std::nth_element(turns.begin(), turns.begin() + turns.size() / 2, turns.end());
+  return static_cast<double>(turns[turns.size() / 2]) / kEntries;
+}
+
 int main(int, char** arguments) {
   const int width = std::atoi(arguments[1]), queries = std::atoi(arguments[2]), bits = std::atoi(arguments[3]);
-  const bool once = arguments[4] != nullptr;
+  const char* mode = arguments[4] ? arguments[4] : "";
+  const bool once = !std::strcmp(mode, "once"), stream = !std::strcmp(mode, "stream");
   const bool dense = bits >= 16;
-  const std::vector<uint8_t> data = bytes(static_cast<size_t>(kEntries) * width * bits / 8, dense ? 0x3e : 0xff);
+  const size_t side = static_cast<size_t>(kEntries) * width * bits / 8;  // bytes of keys, and of values
+  const size_t copies = stream ? (size_t{128} << 20) / side / 2 : 1;
+  const std::vector<uint8_t> data = bytes(copies * (stream ? 2 : 1) * side, dense ? 0x3e : 0xff);
   const std::vector<uint8_t> meta = bytes(static_cast<size_t>(kEntries) * width / kGroup * 2, 0x38);
   Operand key{}, value{};
   for (Operand* x : {&key, &value}) {
@@ -46,23 +67,29 @@ int main(int, char** arguments) {
   }
   const std::vector<float> query(static_cast<size_t>(queries) * width, 0.1f);
   Job job{};
-  job.key = key;
-  job.value = value;
   job.query = reinterpret_cast<const uint8_t*>(query.data());
   job.rows = job.steps = 1;
   job.queries = queries;
   job.scale = 0.1f;
   job.lengths = &length;
+  job.key = key;
+  job.value = value;
   const Kernels& kernels = avx2_kernels();
   std::vector<uint8_t> scratch(kernels.scratch_bytes(job) + 64);
   uint8_t* aligned = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
   std::vector<float> out(static_cast<size_t>(queries) * width), lse(queries);
-  unsigned long long least = ~0ull;
-  for (int turn = 0; turn < (once ? 1 : 400); ++turn) {
+  std::vector<unsigned long long> turns, reads;
+  for (size_t turn = 0; turn < (once ? 1 : stream ? 3 * copies : 400); ++turn) {
+    if (stream) {
+      job.key.data = data.data() + turn % copies * 2 * side;
+      job.value.data = job.key.data + side;
+    }
     const unsigned long long begin = __rdtsc();
     kernels.attend(job, 0, 0, kEntries, aligned, out.data(), lse.data(), nullptr);
-    least = std::min<unsigned long long>(least, __rdtsc() - begin);
+    turns.push_back(__rdtsc() - begin);
+    if (stream) reads.push_back(read(data.data() + (turn + copies / 2) % copies * 2 * side, 2 * side));
   }
-  std::printf("head_dim %d, %d queries, %d bits: %.1f cycles per entry (lse %g)\n", width, queries, bits,
-              static_cast<double>(least) / kEntries, lse[0]);
+  const double cycles = stream ? median(turns) : static_cast<double>(*std::min_element(turns.begin(), turns.end())) / kEntries;
+  std::printf("head_dim %d, %d queries, %d bits: %.1f cycles per entry (lse %g)\n", width, queries, bits, cycles, lse[0]);
+  if (stream) std::printf("reading its bytes: %.1f cycles, so %.2f times that\n", median(reads), cycles / median(reads));
 }

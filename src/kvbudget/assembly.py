@@ -13,7 +13,8 @@ from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
 from kvbudget.models import CacheGeometry, Rotation, fingerprint, rotation_of
-from kvbudget.policy.base import LookingBack, Parts, Span, Trigger
+from kvbudget.policy.base import Granularity, LookingBack, Parts, Span, Trigger
+from kvbudget.policy.clusters import HeadClusters
 from kvbudget.policy.policy import Policy
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
@@ -63,7 +64,23 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: heads that are coded together hold the same entries where they are; plans, stages, second looks at "
                 "scores and positions inside of the cache do not go with them; use a plain scorer, such as snapkv"
             )
-    if parts.projection is not None:
+    if isinstance(parts.projection, HeadClusters):
+        others = (
+            parts.layers,
+            parts.heads,
+            parts.refinement,
+            parts.selector,
+            parts.destination,
+            parts.codec,
+            parts.sharing,
+        )
+        own = parts.granularity != Granularity() or parts.position_mode != "original"
+        if own or any(part is not None for part in others):
+            raise PolicyError(
+                f"{policy}: heads that share keys hold the same entries in full precision, as many in all layers; use clusters "
+                "of heads with a scorer alone, without codecs, allocators, destinations, selectors, units and moved positions"
+            )
+    elif parts.projection is not None:
         fitted = [recipe.name for recipe in policy.recipes if "calibration" in recipe.needs]
         if parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates) or len(fitted) > 1:
             raise PolicyError(
@@ -129,10 +146,12 @@ def budgeted_layer(
 
 
 def segment_maker(parts: Parts, index: int, rotation: Rotation | None = None) -> Any:
-    """What makes a segment of a number of rows of layer ``index``: dense, or behind the policy's codecs.
+    """What makes a segment of a number of rows of layer ``index``: dense, clustered, or behind the policy's codecs.
 
     ``rotation`` is what codecs need that code keys before RoPE.
     """
+    if isinstance(clusters := parts.projection, HeadClusters):
+        return lambda num_rows: clusters.segment(index, num_rows)
     if parts.codec is None:
         return DenseSegment
     key_codec, value_codec = (codec.at(index) for codec in parts.codec)

@@ -358,6 +358,8 @@ class KVCache(Cache):
 
     def _record(self, active: bool) -> None:
         self.recording = active
+        for store in self.stores:
+            store.spills = not active
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
                 layer.record_past = active

@@ -13,6 +13,7 @@ from kvbudget.errors import UnsupportedModel
 from kvbudget.layer import WINDOW_OVERRUN
 from kvbudget.models import CacheGeometry
 from kvbudget.policy.base import LookingBack, Parts
+from kvbudget.policy.clusters import HeadClusters
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
             fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
+    if isinstance(parts.projection, HeadClusters):
+        # Here too: a layer whose entries cost more than the mean may be the one that holds one more of them.
+        spared = item * shape.key_head_dim * (1 - parts.projection.key_share(geometry))
+        per_entry, fixed = per_entry - spared, fixed + spared
     aside = 0.0
     if parts.destination is not None:
         fixed += parts.destination.fixed_bytes(*widths, item)

@@ -251,7 +251,7 @@ class Enforcer(Shares):
         valid = view.valid
         protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
         held = layer.evictable()
-        counts = torch.zeros(layer.batch_size, heads, dtype=torch.long, device=scores.device)
+        splits = []
         for b, target in enumerate(targets):
             if not over[b]:
                 split = held[b]
@@ -267,7 +267,8 @@ class Enforcer(Shares):
                     split[h] = entries
             else:
                 split = [target // heads] * heads
-            counts[b] = torch.tensor(split, device=scores.device)
+            splits.append(split)
+        counts = torch.tensor(splits, device=scores.device)
         if self.parts.protect.recent_share:
             recent = (counts * self.parts.protect.recent_share).long()
             recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))

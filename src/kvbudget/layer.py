@@ -64,7 +64,8 @@ class LayerCache:
     the layer's own sliding window: entries outside of it are dropped after every forward.
     ``depth`` runs from 0 in the first budgeted layer to 1 in the last. A ``selector`` says what queries read of the entries
     held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
-    ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice.
+    ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice. While ``spills``,
+    a token that finds the rows full may stay in a segment of its own until the eviction that follows.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class LayerCache:
         self.hard = False
         self.page = 1
         self.paged: list[int] = []
+        self.spills = True
         self._lane: Lane | None = None
         self._fresh = False
 
@@ -173,16 +175,22 @@ class LayerCache:
             group = call.query.shape[1] // self.num_kv_heads
             lane = self._lane = Lane(segments, len(self.front), group, lane is not None and lane.wanted)
         seen = self._per_row(self.seen)
-        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window)
+        spill = self.spills and len(self.main) == 1 and self.window is None and not self.apart
+        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window, spill=spill)
+        if lane.spilled is not None:
+            self.main.append(lane.spilled)
+            self._limit_room()
         if answer is not None:
             self.seen = [n + 1 for n in self.seen]
             self._fresh = True
         return answer
 
     def _leave_lane(self) -> None:
-        """Forgets a lane over segments that have been replaced, which it would keep alive."""
-        if self._lane is not None and self._lane.segments != self.front + self.main:
-            self._lane = None
+        """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
+        if self._lane is not None:
+            self._lane.spilled = None
+            if self._lane.segments != self.front + self.main:
+                self._lane = None
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""
@@ -199,7 +207,7 @@ class LayerCache:
             steps = seen + call.valid.long().cumsum(1) - 1
         self.append(call.key, call.value, call.valid)
         out, lse = selective.attend(
-            selector, self.layer_idx, self.segments, call.query, steps,
+            selector, self.layer_idx, self.depth, self.segments, call.query, steps,
             scale=call.scale, softcap=call.softcap, sink=call.sink, whole=whole,
         )  # fmt: skip
         return out.to(call.query.dtype), lse
@@ -320,9 +328,15 @@ class LayerCache:
         begin = 0
         before = self._main_lengths()
         moves = self._moves(keep) if self.moving else None
-        for segment in self.main:
-            segment.take(keep[:, begin : begin + (width := segment.longest)], spare if segment is self.main[-1] else 0)
-            begin += width
+        absorber = len(self.main) - 1 - len(self._trail())
+        for index, segment in enumerate(self.main):
+            end = begin + segment.longest
+            if index == absorber < len(self.main) - 1 and isinstance(segment, DenseSegment):
+                # With room for what will join it, so that it moves once.
+                segment.take(keep[:, begin:end], [spare + n for n in keep[:, end:].sum(1).tolist()])
+            else:
+                segment.take(keep[:, begin:end], spare if segment is self.main[-1] else 0)
+            begin = end
         self._consolidate(spare)
         if self.apart and self.shift is None:
             self._set_apart(spare)
@@ -566,13 +580,16 @@ class LayerCache:
         positions = torch.cat([segment.positions() for segment in self.main], dim=1)
         self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
 
+    def _trail(self) -> list[Segment]:
+        """Segments that the first one (but for one set apart) can absorb, since no fork reads them."""
+        segments = self.main[0 if self.shift is None else 1 :]
+        return [] if any(segment.shared for segment in segments) else segments[1:]
+
     def _consolidate(self, spare: int) -> None:
         """Joins the segments, but for one set apart, so that forks do not leave a trail of small ones."""
-        first, *trail = self.main[0 if self.shift is None else 1 :]
-        if not trail or any(segment.shared for segment in (first, *trail)):
-            return
-        first.absorb(trail, spare)
-        self.main = self.main[: len(self.main) - len(trail)]
+        if trail := self._trail():
+            self.main = self.main[: len(self.main) - len(trail)]
+            self.main[-1].absorb(trail, spare)
 
     def _per_row(self, values: Sequence[int]) -> list[int]:
         """Numbers of the sequences, repeated for their KV heads."""

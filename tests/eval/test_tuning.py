@@ -48,6 +48,15 @@ def test_groups_take_turns_and_nothing_worse_than_equal_shares_is_returned():
     assert all(side <= {0, 1, 2} for side in sides[:2]) and all(side <= {3, 4, 5, 6} for side in sides[2:])
 
 
+@needs_cmaes
+def test_tied_layers_have_one_weight():
+    best, value = Search(group=4, generations=40, seed=3, tie=2).run(
+        7,
+        lambda p: [-sum((w - g) ** 2 for w, g in zip(x, [1.5, 1.5, 0.6, 0.6, 1.2, 1.2, 0.9], strict=True)) for x in p],
+    )
+    assert value > -0.01 and best[0] == best[1] and best[2] == best[3] and best[4] == best[5] != best[6]
+
+
 def setup(folder, **changes) -> Setup:  # noqa: F811
     values = {"task": f"fidelity(length=40, tokens=6, text='{folder / 'text.txt'}')", "count": 2, "held_out": 2}
     return Setup(str(folder), budget="40%", policy="snapkv(window=4)", **(values | changes))
@@ -77,6 +86,15 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):  # n
     before = len(computed)
     assert tune(setup(folder), search, results) == found and len(computed) == before
     assert found.fitness >= found.uniform_fitness and len(found.held_out["uniform"]) == 2
+
+
+@pytest.mark.slow
+@needs_cmaes
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_a_cluster_finds_what_one_process_finds(folder, tmp_path):  # noqa: F811
+    search = Search(group=2, generations=1, population=2)
+    own = tune(setup(folder), search, ResultsFile(tmp_path / "own.jsonl"))
+    assert tune(setup(folder), search, ResultsFile(tmp_path / "ray.jsonl"), ray=True) == own
 
 
 @needs_cmaes

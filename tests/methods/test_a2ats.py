@@ -22,7 +22,9 @@ def reading(found: dict, query: torch.Tensor, plain: torch.Tensor, rotation, ste
     asked = rotation.embed(query, torch.tensor(step)).view(1, 1, 1, 1, -1)
     logits = torch.einsum("bhgnd,bhtd->bhgnt", asked, keys)
     visible = torch.ones(1, 1, 1, len(plain), dtype=torch.bool)
-    return Reading(0, asked, keys, logits, logits.logsumexp(-1), visible, torch.tensor([[step]]), positions)
+    return Reading(
+        0, asked, keys, keys, logits, logits.logsumexp(-1), visible, steps=torch.tensor([[step]]), positions=positions
+    )
 
 
 def found_for(words: torch.Tensor, factor: torch.Tensor, rotation) -> dict:

@@ -25,6 +25,7 @@ POLICIES = (
     "snapkv(window=8)+kvsharer",
     "h2o+kv_heads",
     "snapkv(window=8)+headkv",
+    "snapkv(window=8)+chai",
 )
 
 
@@ -59,6 +60,7 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
+        "chai": ({"owners": torch.tensor([[0, 0], [0, 1]]), "sources": torch.tensor([[0, 1, 1, 0], [0, 1, 2, 3]])}, {}),
         "razor_attention": ({"induction": torch.rand(2, 2, generator=generator), "echo": torch.zeros(2, 2)}, {}),
         "top_theta": (
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},

@@ -16,7 +16,8 @@ def reading(entries: int, layer_idx: int = 0) -> tuple[Reading, torch.Tensor]:
     visible = torch.arange(entries) <= torch.tensor([entries - 2, entries - 1])[:, None]
     visible = visible[None, None].expand(1, 2, -1, -1)
     logits = torch.einsum("bhgnd,bhtd->bhgnt", query, keys).masked_fill(~visible[:, :, None], float("-inf"))
-    return Reading(layer_idx, query, keys, logits, logits.logsumexp(-1), visible), torch.randn(1, 2, entries, 8)
+    values = torch.randn(1, 2, entries, 8)
+    return Reading(layer_idx, query, keys, values, logits, logits.logsumexp(-1), visible), values
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

@@ -63,7 +63,7 @@ def test_clusters_are_those_of_plain_loops(length):
     logits = torch.einsum("bhgnd,bhtd->bhgnt", query, keys)
     visible = torch.ones(1, 2, 1, length, dtype=torch.bool)
     rule = Clusters(size=16)
-    chosen = rule.select(Reading(0, query, keys, logits, logits.logsumexp(-1), visible))
+    chosen = rule.select(Reading(0, query, keys, keys, logits, logits.logsumexp(-1), visible))
     for h in range(2):
         read = read_by_loops(query[0, h, :, 0], keys[0, h], rule)
         for g in range(3):

@@ -30,6 +30,7 @@ SMALL = {
     "fair": "fair(cuts=(30,), window=32)",
     "full": "full",
     "transformer_vq": "transformer_vq(codes=8)",
+    "lattice": "lattice(slots=8)",
     "mixattention": "mixattention(every=1)",
     "scope": "snapkv(window=16)+scope(recent=16)",
     "morphkv": "morphkv(window=16)",

@@ -28,8 +28,8 @@ def reading(length: int = 50, layer_idx: int = 2) -> Reading:
     logits = 2 * torch.randn(2, 2, 2, 3, length, generator=torch.Generator().manual_seed(0))
     visible = torch.ones(2, 2, 3, length, dtype=torch.bool).tril(length - 3)
     logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
-    empty = torch.zeros(2, 2, 2, 3, 4)
-    return Reading(layer_idx, empty, torch.zeros(2, 2, length, 4), logits, logits.logsumexp(-1), visible)
+    empty, held = torch.zeros(2, 2, 2, 3, 4), torch.zeros(2, 2, length, 4)
+    return Reading(layer_idx, empty, held, held, logits, logits.logsumexp(-1), visible)
 
 
 def table(value: float) -> dict[str, Tensor]:

@@ -112,3 +112,12 @@ def test_a_role_is_filled_once_and_aligned_scorers_have_no_heads_to_share():
         parse("cake+pyramidkv")
     with pytest.raises(PolicyError, match="adakv has nothing to share out"):
         parse("adakv+tova")
+
+
+def test_what_brings_a_scorer_along_takes_another():
+    for method in ("cake", "d2o"):
+        own, other = parse(method).parts(), parse(f"knorm+{method}").parts()
+        assert isinstance(other.scorer, KeyNorm) and not isinstance(own.scorer, KeyNorm) and other.protect == Protect()
+        assert other.destination == own.destination
+    assert parse("knorm+cake").parts().layers == parse("cake").parts().layers
+    assert parse("knorm+d2o").parts().layers is None, "D2O's shares are made of accumulated attention"

@@ -32,8 +32,16 @@ def pair(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[LayerCache
     return layers  # type: ignore[return-value]
 
 
-def agree(layers: tuple[LayerCache, LayerCache], call: AttentionCall, decay: list[float] | None = None) -> bool:
-    """Gives both layers a call, and says whether the first took its lane (and, with ``decay``, its logits for the votes)."""
+def agree(
+    layers: tuple[LayerCache, LayerCache],
+    call: AttentionCall,
+    decay: list[float] | None = None,
+    keep: torch.Tensor | None = None,
+) -> bool:
+    """Gives both layers a call, and says whether the first took its lane (and, with ``decay``, its logits for the votes).
+
+    With ``keep``, the forward ends with an eviction.
+    """
     (out, lse), (expected, expected_lse) = (layer.forward(call) for layer in layers)
     torch.testing.assert_close(out, expected, rtol=1e-5 if out.dtype is torch.float32 else 1e-2, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -41,10 +49,12 @@ def agree(layers: tuple[LayerCache, LayerCache], call: AttentionCall, decay: lis
     if decay is not None:
         for layer in layers:
             layer.add_mass("votes", call.query, expected_lse, call, decay, 0.5)
-        votes = [layer.main[0].meta.padded("votes") for layer in layers]
+        votes = [torch.cat([part.meta.padded("votes") for part in layer.main], dim=1) for layer in layers]
         torch.testing.assert_close(votes[0], votes[1], rtol=1e-4, atol=1e-6)
         quick = quick and layers[0]._lane.kept
     for layer in layers:
+        if keep is not None:
+            layer.evict(keep)
         layer.finish_forward()
     assert layers[0].kept() == layers[1].kept() and layers[0].seen == layers[1].seen
     layers[0].check_integrity()
@@ -76,6 +86,24 @@ def test_ragged_rows_after_an_eviction_and_a_soft_cap(make, monkeypatch: pytest.
     assert len(set(layers[0].main[0].lengths)) > 1
     decay = [0.5, 0.9, 1.0, 0.0, 0.3, 1.0]
     assert sum(agree(layers, token(torch.float32, softcap=2.0), decay) for _ in range(16)) > 4
+
+
+def test_a_token_that_finds_no_room_waits_until_another_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing moves but what is behind the entry that leaves, be it the newest one itself."""
+    torch.manual_seed(5)
+    layers = pair(monkeypatch, states=("votes",))
+    agree(layers, token(torch.float32, 12))
+    for layer in layers:
+        layer.evict(torch.ones(BATCH * HEADS, 12, dtype=torch.bool))
+        layer.set_capacity([12 * HEADS] * BATCH)
+    address = layers[0].main[0].meta.columns["key"].data_ptr()
+    for step in range(8):
+        leaving = torch.randint(13, (BATCH * HEADS, 1)) if step < 7 else torch.full((BATCH * HEADS, 1), 12)
+        assert agree(layers, token(torch.float32), [0.5] * BATCH * HEADS, torch.arange(13) != leaving) or step == 0
+        (quick,), (slow,) = (layer.main for layer in layers)
+        assert quick.meta.columns["key"].data_ptr() == address
+        for a, b in zip(*([s.keys(), s.values(), s.positions()] for s in (quick, slow)), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_sliding_window_hides_what_it_has_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,15 @@ class TextCalibration(ABC):
         """What the method needs to know about this model, as named tensors, from the state after the last text."""
 
 
-def watch(model: PreTrainedModel, ids: Tensor, look: Look, logits: int = 0) -> Tensor | None:
+def watch(
+    model: PreTrainedModel, ids: Tensor, look: Look, logits: int = 0, after: KVCache | None = None
+) -> Tensor | None:
     """One forward of ``ids [1, T]`` in which ``look(layer, call, lse)`` sees every layer that a budget governs.
 
-    Returns the logits ``[logits, V]`` of as many last tokens, None for 0.
+    The text goes on from the cache ``after``, which is left as it is (None: it begins here). Returns the logits
+    ``[logits, V]`` of as many last tokens, None for 0.
     """
-    cache = KVCache(model, "full")
+    cache = KVCache(model, "full") if after is None else after.fork()
     governed = {layer.layer_idx for layer in cache.enforcer.layers}
 
     def seen(index: int, call: AttentionCall, lse: Tensor, *_: Any) -> None:

@@ -30,9 +30,11 @@ def tune(
     length: Annotated[int | None, typer.Option(help="Tokens per context, for tasks that name none.")] = None,
     count: Annotated[int, typer.Option(help="Examples that judge candidates.", min=1)] = 8,
     held_out: Annotated[int, typer.Option(help="Examples that judge the result.", min=1)] = 16,
-    group: Annotated[int, typer.Option(help="Layers that are searched together.", min=2)] = 8,
+    group: Annotated[int, typer.Option(help="Weights of layers that are searched together.", min=2)] = 8,
+    tie: Annotated[int, typer.Option(help="Neighboring layers that share one weight.", min=1)] = 1,
     generations: Annotated[int, typer.Option(help="Of each group.", min=1)] = 6,
     population: Annotated[int, typer.Option(help="Candidates per generation; 0: by the size of a group.", min=0)] = 0,
+    sigma: Annotated[float, typer.Option(help="First step of the search; 1 is a layer's mean share.", min=0.01)] = 0.3,
     seed: Annotated[int, typer.Option(help="Of examples and search.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget[ray]).")] = "in-process",
@@ -65,9 +67,8 @@ def tune(
         def show(done: int, total: int, best: float) -> None:
             bars.update(bar, completed=done, total=total, description=f"best {best:.4g}")
 
-        found = search(
-            setup, Search(group, generations, population, seed=seed), known, ray=workers == "ray", progress=show
-        )
+        steps = Search(group, generations, population, sigma, seed, tie)
+        found = search(setup, steps, known, ray=workers == "ray", progress=show)
     found.policy.to_yaml(output)
     notice(f"policy: {output}")
     if json:

@@ -40,4 +40,5 @@ class Chorus(Cache):
             positions = position_ids if position_ids is None or len(position_ids) == 1 else position_ids[b : b + 1]
             own = replace(call, query=query, key=key, value=value)
             rows.append(member.attend(index, own, mask, positions))
+        self.layers[index].columns += call.query.shape[2]
         return torch.cat(rows)

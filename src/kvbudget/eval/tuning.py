@@ -122,11 +122,12 @@ class Search:
     seed and scores give the same candidates.
 
     Attributes:
-        group: layers per group (nearly equal groups of at most so many; paper: 8, *unverified*).
+        group: weights per group (nearly equal groups of at most so many; paper: 8, *unverified*).
         generations: per group.
         population: candidates per generation (0: ``4 + 3 ln group``).
         sigma: first step, where 1 is a layer's mean budget (paper: 0.3, *unverified*).
         seed: of the search.
+        tie: neighboring layers that have one weight (paper: 1): fewer to find by as many evaluations, and to be fitted to them.
     """
 
     group: int = 8
@@ -134,6 +135,7 @@ class Search:
     population: int = 0
     sigma: float = 0.3
     seed: int = 0
+    tie: int = 1
 
     def run(self, layers: int, fitness: Map, progress: Progress | None = None) -> tuple[Weights, float]:
         """The best weights found for ``layers`` layers, and their fitness.
@@ -142,9 +144,14 @@ class Search:
             KVBudgetError: when the package cmaes is not installed.
         """
         cmaes = _cmaes()
-        best: Weights = (1.0,) * layers
-        highest = fitness([best])[0]
-        groups = bounds(0, layers, max(2, self.group))
+        tied = -(-layers // self.tie)
+
+        def spread(weights: Weights) -> Weights:
+            return tuple(weights[layer // self.tie] for layer in range(layers))
+
+        best: Weights = (1.0,) * tied
+        highest = fitness([spread(best)])[0]
+        groups = bounds(0, tied, max(2, self.group))
         done, total = 1, 1 + sum(self.generations * self._size(end - begin) for begin, end in groups)
         for number, (begin, end) in enumerate(groups):
             size = self._size(end - begin)
@@ -158,7 +165,7 @@ class Search:
             for _ in range(self.generations):
                 drawn = [np.round(optimizer.ask(), 3) for _ in range(size)]
                 candidates = [(*best[:begin], *map(float, weights), *best[end:]) for weights in drawn]
-                values = fitness(candidates)
+                values = fitness([spread(candidate) for candidate in candidates])
                 optimizer.tell([(weights, -value) for weights, value in zip(drawn, values, strict=True)])
                 for value, candidate in zip(values, candidates, strict=True):
                     if value > highest:
@@ -166,10 +173,10 @@ class Search:
                 done += size
                 if progress is not None:
                     progress(done, total, highest)
-        return best, highest
+        return spread(best), highest
 
-    def _size(self, layers: int) -> int:
-        return self.population or 4 + int(3 * math.log(layers))
+    def _size(self, weights: int) -> int:
+        return self.population or 4 + int(3 * math.log(weights))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, nearest
-from kvbudget.kernels import corrected, encode, reference
+from kvbudget.kernels import corrected, encode, ragged, reference
 from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.corrected import FEW_QUERIES, CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
+from kvbudget.kernels.ragged import Layout
 from kvbudget.kernels.reference import (
     ChannelQuantOperand,
     DenseOperand,
@@ -37,6 +38,7 @@ __all__ = [
     "CorrectedOperand",
     "DenseOperand",
     "GatheredOperand",
+    "Layout",
     "Operand",
     "Partial",
     "TokenQuantOperand",
@@ -44,6 +46,8 @@ __all__ = [
     "attend_keeping_logits",
     "backend",
     "causal_attend",
+    "compact",
+    "count_kept",
     "encode_tokens",
     "encode_units",
     "lane",
@@ -53,6 +57,7 @@ __all__ = [
     "pack",
     "packed_width",
     "scatter",
+    "select",
     "unpack",
     "weights",
 ]
@@ -220,21 +225,50 @@ def encode_units(x: Tensor, bits: int, unit: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[int], counts: Sequence[int]) -> None:
-    """Writes new cells into flat columns: ``counts[r]`` cells of each row r from cell ``begins[r]`` of a column on.
-
-    ``columns`` are pairs of a column and its new cells ``[sum(counts), *tail]``, row after row (None: zeros).
-    """
+    """Writes new cells into flat columns; see `ragged.scatter`."""
     if backend().name == "native":
-        from kvbudget.kernels import native
+        from kvbudget.kernels import native_ragged
 
-        if native.scatter(columns, begins, counts):
+        if native_ragged.scatter(columns, begins, counts):
             return
-    device = columns[0][0].device
-    sizes = torch.tensor(counts, device=device)
-    offsets = torch.tensor(begins, device=device) - sizes.cumsum(0) + sizes
-    where = torch.arange(sum(counts), device=device) + offsets.repeat_interleave(sizes)
-    for column, cells in columns:
-        if cells is None:
-            column.index_fill_(0, where, 0)
-        else:
-            column.index_copy_(0, where, cells)
+    ragged.scatter(columns, begins, counts)
+
+
+def count_kept(keep: Tensor, lengths: Sequence[int], begins: Sequence[int] = (), unit: int = 1) -> list[int]:
+    """Cells that a mask keeps of each row; see `ragged.count_kept`."""
+    if backend().name == "native" and keep.is_cpu:
+        from kvbudget.kernels import native_ragged
+
+        return native_ragged.count_kept(keep, lengths, begins, unit)
+    return ragged.count_kept(keep, lengths, begins, unit)
+
+
+def compact(
+    columns: Sequence[Tensor],
+    keep: Tensor | None,
+    before: Layout,
+    after: Layout,
+    begins: Sequence[int] = (),
+    unit: int = 1,
+    *,
+    in_place: bool = False,
+) -> list[Tensor]:
+    """Brings the cells that a mask keeps to their places in another layout; see `ragged.compact`."""
+    if backend().name == "native":
+        from kvbudget.kernels import native_ragged
+
+        moved = native_ragged.compact(columns, keep, before, after, begins, unit, in_place)
+        if moved is not None:
+            return moved
+    return ragged.compact(columns, keep, before, after, begins, unit)
+
+
+def select(
+    scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None, fill: bool
+) -> Tensor | None:
+    """What `kvbudget.policy.selection.select` keeps, by the extension; None where it cannot serve the tensors."""
+    if backend().name != "native":
+        return None
+    from kvbudget.kernels import native_ragged
+
+    return native_ragged.select(scores, protected, valid, counts, units, fill)

@@ -226,18 +226,24 @@ class Lane:
         out: Tensor,
         lse: Tensor,
         keep: bool,
+        apart: Tensor | None,
     ) -> bool:
         """Stores an entry per row and attends; False, with nothing done, where a row has no room.
 
         ``held`` are sealed key cells, sealed value cells and entries per row of each segment, before the new entry.
-        ``keep`` keeps the logits for `accumulate`.
+        ``keep`` keeps the logits for `accumulate`. With ``apart``, the positions as int32 ``[R]``, the new entries are not
+        stored, but attended to.
         """
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr(), self.kind, out.data_ptr(), lse.data_ptr())
+        at = (*at, 0 if apart is None else apart.data_ptr())
         threads = torch.get_num_threads()
         return self.handle.step(at, held, positions, scale, softcap or 0.0, window or 0, keep, threads)
 
     def accumulate(self, first: int, states: Sequence[Tensor], decay: Sequence[float], factor: float) -> bool:
-        """``state <- decay[r] * state + factor * weight`` over segments from ``first`` on; False where logits are gone."""
+        """``state <- decay[r] * state + factor * weight`` over segments from ``first`` on; False where logits are gone.
+
+        Entries that the step did not store have the last of the ``states``.
+        """
         at = [state.data_ptr() for state in states]
         return self.handle.accumulate(first, at, decay, factor, torch.get_num_threads())
 
@@ -358,17 +364,3 @@ def merge(partials: Sequence[Partial]) -> Partial | None:
     outs, lses = ([tensor.data_ptr() for tensor in side] for side in zip(*partials, strict=True))
     _native.merge(outs, lses, lse.numel(), out.shape[-1], out.data_ptr(), lse.data_ptr())
     return Partial(out, lse)
-
-
-def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[int], counts: Sequence[int]) -> bool:
-    """`kernels.scatter` by the extension; False, with nothing written, where it cannot serve the tensors."""
-    cells = []
-    for to, new in columns:
-        if not to.is_cpu or not to.is_contiguous():
-            return False
-        if new is not None and (not new.is_contiguous() or new.dtype is not to.dtype or not new.is_cpu):
-            return False
-        nbytes = to.element_size() * (to.numel() // max(len(to), 1))
-        cells.append((to.data_ptr(), 0 if new is None else new.data_ptr(), nbytes))
-    _native.scatter(cells, begins, counts)
-    return True

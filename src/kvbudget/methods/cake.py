@@ -19,6 +19,7 @@ class Cake(Recipe):
     prefilled, it and all earlier ones are cut to their shares among the layers so far, by their stored scores; shares only
     shrink, so the result is that of one allocation at the end, without its peak. In decode the score is the newest query's
     attention. Claim: quality holds at 3.2% of the cache. The published integer shares can miss the total; these are exact.
+    Another scorer (``h2o+cake``) may judge the entries; the window then only measures the layers.
 
     Attributes:
         window: queries that judge, and newest entries that always stay (paper: 32).
@@ -28,7 +29,7 @@ class Cake(Recipe):
     """
 
     name = "cake"
-    role = "scorer and allocator over layers"
+    role = "allocator over layers, brings a scorer"
     phase = "prefill and decode"
     paper = "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences, arXiv 2503.12491, 2025"
     needs = ("queries",)
@@ -44,8 +45,8 @@ class Cake(Recipe):
             raise PolicyError(f"cake: tau1={self.tau1} and tau2={self.tau2} must be above 0 (large values are uniform)")
 
     def parts(self) -> dict[str, Any]:
-        return {
-            "scorer": MeanVariance(self.window, self.gamma, self.kernel),
-            "layers": Dispersion(self.window, self.tau1, self.tau2),
-            "protect": Protect(recent=self.window),
-        }
+        return {"layers": Dispersion(self.window, self.tau1, self.tau2)}
+
+    def defaults(self) -> dict[str, Any]:
+        scorer = MeanVariance(self.window, self.gamma, self.kernel)
+        return {"scorer": scorer, "protect": Protect(recent=self.window)}

@@ -18,7 +18,8 @@ class CompressKV(Recipe):
     token to be copied, the most attention while the model repeats it; their votes over the last W queries, pooled, are the
     score. A layer gets ``least + importance (C L - least L)`` entries, at most ``most C``; importance is the relative error
     of its attention's output under eviction. ``kvbudget calibrate compresskv --model M`` finds both by forward passes over
-    texts that end with a passage of themselves (the paper asks questions about inserted needles). Claim: 97% of quality
+    texts that end with a passage of themselves (the paper asks questions about inserted needles). Another scorer may judge
+    the entries (``h2o+compresskv``). Claim: 97% of quality
     with 3% of the cache on LongBench questions.
 
     Attributes:
@@ -30,7 +31,7 @@ class CompressKV(Recipe):
     """
 
     name = "compresskv"
-    role = "scorer and allocator over layers"
+    role = "allocator over layers, brings a scorer"
     phase = "prefill, goes on in decode"
     paper = (
         "CompressKV: Semantic Retrieval Heads Know What Tokens are Not Important Before Generation, "
@@ -51,11 +52,11 @@ class CompressKV(Recipe):
             raise PolicyError(f"compresskv: most={self.most} must be at least 1 (1 is uniform)")
 
     def parts(self) -> dict[str, Any]:
-        return {
-            "scorer": SelectedHeads(self.heads, self.window, self.kernel),
-            "layers": ByImportance(self.importance, self.least, self.most),
-            "protect": Protect(recent=self.window),
-        }
+        return {"layers": ByImportance(self.importance, self.least, self.most)}
+
+    def defaults(self) -> dict[str, Any]:
+        scorer = SelectedHeads(self.heads, self.window, self.kernel)
+        return {"scorer": scorer, "protect": Protect(recent=self.window)}
 
     def bind(self, fingerprint: str) -> "CompressKV":
         found = Artifact.load(self.name, fingerprint, self.file).tensors

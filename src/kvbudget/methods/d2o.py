@@ -19,8 +19,9 @@ class D2O(Recipe):
     per head is merged with weights ``exp(cosine)`` that sum to one, else dropped. The reference compares the thresholds of
     different heads' entries, uses weights that do not sum to one, and leaves layers 0, 1 and the last uncompressed outside
     of the budget; here ``keep_ends`` fills those first and charges them. F is scaled by the mean and brought to [0, 1] over
-    layers, where raw variances of thousands would let the softmax pick one layer. Claim: more than 3x throughput, better
-    long texts than H2O at the same budget.
+    layers, where raw variances of thousands would let the softmax pick one layer. With another scorer (``snapkv+d2o``) there
+    is no accumulated attention, so layers share equally, or by another allocator, and only the merging is D2O's. Claim:
+    more than 3x throughput, better long texts than H2O at the same budget.
 
     Attributes:
         sinks: first entries that always stay.
@@ -29,7 +30,7 @@ class D2O(Recipe):
     """
 
     name = "d2o"
-    role = "scorer, allocator over layers and destination"
+    role = "destination, brings a scorer and layer shares"
     phase = "prefill and decode"
     paper = (
         "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of LLMs, arXiv 2406.13035, 2024"
@@ -42,10 +43,11 @@ class D2O(Recipe):
     keep_ends: bool = False
 
     def parts(self) -> dict[str, Any]:
+        return {"destination": MergeNearest(self.alpha, self.beta)}
+
+    def defaults(self) -> dict[str, Any]:
         parts = H2O().parts()
-        scorer = parts["scorer"]
         return parts | {
-            "layers": AttentionVariance(scorer.states[0], self.keep_ends),
-            "destination": MergeNearest(self.alpha, self.beta),
+            "layers": AttentionVariance(parts["scorer"].states[0], self.keep_ends),
             "protect": replace(parts.get("protect", Protect()), sinks=self.sinks),
         }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
     from kvbudget.costs import EntryCost
     from kvbudget.layer import LayerCache
-    from kvbudget.policy.projection import HeadProjection
+    from kvbudget.policy.projection import Projection
     from kvbudget.policy.sharing import Sharing
     from kvbudget.policy.view import View
     from kvbudget.segments.base import Segment
@@ -375,7 +375,7 @@ class Parts:
     granularity: Granularity = Granularity()
     stages: Stages | None = None
     sharing: Sharing | None = None
-    projection: HeadProjection | None = None
+    projection: Projection | None = None
     destination: Destination | None = None
     codec: tuple[Codec, Codec] | None = None
     trigger: Trigger = Trigger()

@@ -13,7 +13,8 @@ import yaml
 
 from kvbudget.errors import PolicyError, nearest
 from kvbudget.policy.base import Parts, Protect, Recipe
-from kvbudget.policy.scorers.shared import Shared
+from kvbudget.policy.clusters import HeadClusters
+from kvbudget.policy.scorers.shared import Following, Shared
 from kvbudget.policy.scorers.staged import Staged
 
 
@@ -84,9 +85,11 @@ class Policy:
                     filled[role], by[role] = part, recipe.name
         for recipe in self.recipes:
             defaults = recipe.defaults()
-            # A default scorer brings its own protection along, and only if it is used.
+            # A default scorer brings its own protection along, and shares made of its states, and only if it is used.
             if "scorer" in filled and "scorer" in defaults:
-                defaults = {role: part for role, part in defaults.items() if role not in ("scorer", "protect")}
+                defaults = {
+                    role: part for role, part in defaults.items() if role not in ("scorer", "protect", "layers")
+                }
             for role, part in defaults.items():
                 if role == "protect":
                     protect = _both(protect, part)
@@ -104,6 +107,9 @@ class Policy:
             )
         if "stages" in filled and "scorer" in filled:
             filled["scorer"] = Staged(filled["scorer"], filled["stages"].answer)
+        clusters = filled.get("projection")
+        if "scorer" in filled and isinstance(clusters, HeadClusters):
+            filled["scorer"] = Following(filled["scorer"], clusters.owners)
         if "selector" in filled and filled.get("position_mode") == "cache":
             raise PolicyError(
                 f"{by['selector']} reads entries by their logits, which {by['position_mode']} shifts with positions inside the "

@@ -1,7 +1,8 @@
-"""Projections: groups of KV heads that are held as one head, in a basis of their own."""
+"""Projections: what heads are held as, and what is asked of them, where that differs from the model's own heads."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeadProjection(Part):
+class Projection(Part, ABC):
+    """Turns the attention calls of the layers that a budget governs into those of the heads that are held, and back."""
+
+    @abstractmethod
+    def layout(self, geometry: CacheGeometry) -> CacheGeometry:
+        """The geometry of the heads that are held.
+
+        Raises:
+            PolicyError: where the projection does not fit the heads of a layer.
+        """
+
+    @abstractmethod
+    def enter(self, index: int, call: AttentionCall) -> AttentionCall:
+        """The call of layer ``index`` as the heads that are held see it."""
+
+    @abstractmethod
+    def leave(self, index: int, out: Tensor, call: AttentionCall) -> Tensor:
+        """Their answers as those of the model's heads ``[B, Hq, n, Dv]``; ``call`` is the model's own."""
+
+
+@dataclass(frozen=True)
+class HeadProjection(Projection):
     """Holds t KV heads as one: ``k = [k_1 .. k_t] Phi`` and ``v = [v_1 .. v_t] Psi``, whose columns are orthonormal.
 
     A query of head i is asked as ``q Phi_i``, and answers come back by ``Psi_i^T``, so products and answers are those of keys

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvbudget import kernels
 from kvbudget.policy.base import Protect
 
 
@@ -26,7 +27,8 @@ def protected_entries(
 
 def newest(positions: Tensor, counts: Tensor) -> Tensor:
     """The ``counts [B, Hkv]`` newest entries of each row: bool ``[B, Hkv, T]``."""
-    return rank(positions.float()) < counts[..., None]
+    held = positions >= 0
+    return select(positions.float(), torch.zeros_like(held), held, counts)
 
 
 def select(
@@ -39,6 +41,14 @@ def select(
     row may then keep up to a unit less than its count). Equal scores keep the older entry. Protected entries stay even where
     they are more than the count.
     """
+    keep = kernels.select(scores.float(), protected, valid, counts, units, fill)
+    return plain_select(scores, protected, valid, counts, units, fill) if keep is None else keep
+
+
+def plain_select(
+    scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor, units: Tensor | None, fill: bool
+) -> Tensor:
+    """`select` in torch."""
     scores = scores.float().masked_fill(~valid, float("-inf"))
     scores = scores.masked_fill(protected & valid, float("inf"))
     if units is None:
@@ -54,7 +64,8 @@ def select(
     keep &= _spread(keep.float(), units) == size
     room = counts - keep.sum(-1)
     while fill and bool((fits := valid & ~keep & (size <= room[..., None])).any()):
-        best = mean.masked_fill(~fits, float("-inf")).argmax(-1, keepdim=True)
+        # Units that score -inf come before those that do not fit.
+        best = mean.clamp_min(torch.finfo(mean.dtype).min).masked_fill(~fits, float("-inf")).argmax(-1, keepdim=True)
         keep |= (units == units.gather(-1, best)) & fits
         room = counts - keep.sum(-1)
     return keep

@@ -48,7 +48,8 @@ class DenseSegment(Segment):
         self.meta.own("value")
         return self.meta.row("key", row), self.meta.row("value", row)
 
-    def take(self, keep: Tensor, spare: int = 0) -> None:
+    def take(self, keep: Tensor, spare: int | Sequence[int] = 0) -> None:
+        """As of any segment; ``spare`` may differ from row to row."""
         self.meta.take(keep, spare)
 
     def gather(self, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.segments.base import Segment
+from kvbudget.segments.dense import DenseSegment
 
 
 class Lane:
@@ -17,6 +18,9 @@ class Lane:
     It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front`` of
     the segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where
     the segments cannot be served, `step` says None until something moves, and whoever asks takes the longer way.
+
+    Where rows are as full as their limits allow, the last segment would move for one entry that is about to make another one
+    leave: the new entries may then stay in a segment of their own, ``spilled``, for the eviction to join.
     """
 
     def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
@@ -27,6 +31,7 @@ class Lane:
         self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
         self.handle = None
         self.kept, self.wanted = False, wanted
+        self.spilled: DenseSegment | None = None
         if len(sides) < len(segments):
             return
         self.held = [(k.cells, v.cells, s.meta) for s, (k, v) in zip(segments, sides, strict=True)]
@@ -58,13 +63,16 @@ class Lane:
         scale: float,
         softcap: float | None,
         window: int | None,
+        *,
+        spill: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
         ``seen`` are the positions of the new entries per row. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
-        ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot.
+        ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot. With ``spill``, entries that find no room are
+        ``spilled`` after the call.
         """
-        self.kept = False
+        self.kept, self.spilled = False, None
         if self.handle is None or not query.dtype is key.dtype is value.dtype is self.dtype:
             return None
         if not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous()):
@@ -78,12 +86,31 @@ class Lane:
         held = [
             (() if k is None else k.lengths, () if v is None else v.lengths, meta.lengths) for k, v, meta in self.held
         ]
-        if not self.handle.step(query, key, value, held, seen, scale, softcap, window, out, lse, self.wanted):
+        spilled = self._apart(key, value, seen) if spill else None
+        apart = None if spilled is None else spilled.meta.columns["position"]
+        if not self.handle.step(query, key, value, held, seen, scale, softcap, window, out, lse, self.wanted, apart):
             return None
-        for table in self.grown:
-            table.lengths = [n + 1 for n in table.lengths]
+        if spilled is None:
+            for table in self.grown:
+                table.lengths = [n + 1 for n in table.lengths]
+        self.spilled = spilled
         self.kept = self.wanted
         return out, lse
+
+    def _apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
+        """The new entries as a segment, where the last one is dense, full and not to grow."""
+        last = self.segments[-1]
+        table = last.meta
+        if type(last) is not DenseSegment or table.limits is None:
+            return None
+        if all(n < max(c, most) for n, c, most in zip(table.lengths, table.capacities, table.limits, strict=True)):
+            return None
+        segment = DenseSegment(table.num_rows)
+        segment.set_limits([1] * table.num_rows)
+        states = [name for name in table.columns if name not in ("key", "value", "position")]
+        meta = {"position": torch.tensor(seen, dtype=torch.int32)} | {name: torch.zeros(len(seen)) for name in states}
+        segment.append(key.reshape(len(seen), -1), value.reshape(len(seen), -1), meta, [1] * len(seen))
+        return segment
 
     def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:
         """Adds the attention mass of the last step to a state column, as `Segment.add_to_state` does; False where it cannot.
@@ -93,6 +120,7 @@ class Lane:
         self.wanted = True
         if not self.kept or self.handle is None:
             return False
-        if any(name not in segment.meta.columns or name in segment.meta.borrowed for segment in self.main):
+        segments = self.main if self.spilled is None else [*self.main, self.spilled]
+        if any(name not in segment.meta.columns or name in segment.meta.borrowed for segment in segments):
             return False
-        return self.handle.accumulate(self.front, [s.meta.columns[name] for s in self.main], decay, factor)
+        return self.handle.accumulate(self.front, [s.meta.columns[name] for s in segments], decay, factor)

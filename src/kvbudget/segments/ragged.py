@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbudget import kernels
+from kvbudget.kernels import Layout
 
 # Up to this many appended cells, Python's own loops beat one call into torch per row.
 FEW_CELLS = 256
@@ -176,17 +177,8 @@ class RaggedTable:
     def reserve(self, capacities: Sequence[int]) -> None:
         """Moves the columns into storages with exactly these row capacities (each at least the row's length)."""
         assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
-        if list(capacities) == self.capacities:
-            return
-        starts = list(accumulate(capacities[:-1], initial=0))
-        for name, column in self.columns.items():
-            out = column.new_zeros((sum(capacities), *column.shape[1:]))
-            for r, length in enumerate(self.lengths):
-                if length:
-                    out[starts[r] : starts[r] + length] = self.row(name, r)
-            self.columns[name] = out
-        self.capacities, self.starts = list(capacities), starts
-        self.borrowed.clear()
+        if list(capacities) != self.capacities:
+            self._lay_out(self.lengths, capacities, None, (), 1)
 
     def trim(self) -> None:
         """Gives back room beyond ``limits`` that was reserved before they were known."""
@@ -194,35 +186,24 @@ class RaggedTable:
             rows = zip(self.lengths, self.capacities, self.limits, strict=True)
             self.reserve([min(capacity, max(length, limit)) for length, capacity, limit in rows])
 
-    def take(self, keep: Tensor, spare: int = 0) -> None:
+    def take(self, keep: Tensor, spare: int | Sequence[int] = 0, begins: Sequence[int] = (), unit: int = 1) -> None:
         """Keeps the entries where ``keep [R, longest]`` (bool) is set, in order, and returns the rest's memory.
 
-        Each row gets room for ``spare`` more entries.
+        Each row gets room for ``spare`` more entries. Where all rows together need as many cells as they have, entries move
+        inside of the storages. With ``begins``, the entries are cells of a mask of something else: entry t of row r stays
+        where ``keep[r, begins[r] + unit * t]`` and the flags after it are set.
         """
-        index, lengths = self._select(keep)
-        capacities = [length + spare for length in lengths]
-        starts = list(accumulate(capacities[:-1], initial=0))
-        even = len(set(lengths)) <= 1
-        for name, column in self.columns.items():
-            gathered = column.index_select(0, index.to(column.device))
-            if not spare:
-                self.columns[name] = gathered
-                continue
-            out = column.new_zeros((sum(capacities), *column.shape[1:]))
-            if even:
-                grid = out.view(len(lengths), capacities[0], *column.shape[1:])
-                grid[:, : lengths[0]] = gathered.view(len(lengths), lengths[0], *column.shape[1:])
-            else:
-                for start, length, part in zip(starts, lengths, gathered.split(lengths), strict=True):
-                    out[start : start + length] = part
-            self.columns[name] = out
-        self.lengths, self.capacities, self.starts = lengths, capacities, starts
-        self.borrowed.clear()
+        lengths = self._count(keep, begins, unit)
+        room = [spare] * len(lengths) if isinstance(spare, int) else spare
+        capacities = [length + more for length, more in zip(lengths, room, strict=True)]
+        if lengths != self.lengths or capacities != self.capacities or self.borrowed:
+            self._lay_out(lengths, capacities, keep, begins, unit)
 
     def gather(self, keep: Tensor) -> tuple[dict[str, Tensor], list[int]]:
         """Copies of the entries where ``keep [R, longest]`` is set: flat columns in row order, and counts per row."""
-        index, lengths = self._select(keep)
-        return {name: column.index_select(0, index.to(column.device)) for name, column in self.columns.items()}, lengths
+        lengths = self._count(keep, (), 1)
+        after = Layout(_starts(lengths), lengths, lengths)
+        return dict(zip(self.columns, self._moved(keep, after), strict=True)), lengths
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forgets the newest entries of each row; capacities stay."""
@@ -246,7 +227,7 @@ class RaggedTable:
             parts = [column[self.starts[r] : self.starts[r] + self.capacities[r]] for r in rows]
             self.columns[name] = torch.cat(parts) if parts else column[:0]
         self.lengths, self.capacities = lengths, capacities
-        self.starts = list(accumulate(capacities[:-1], initial=0))
+        self.starts = _starts(capacities)
         self.limits = None if self.limits is None else [self.limits[r] for r in rows]
         self.borrowed.clear()
 
@@ -261,7 +242,7 @@ class RaggedTable:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless lengths, capacities, starts and columns agree."""
-        assert self.starts == list(accumulate(self.capacities[:-1], initial=0)), "starts disagree with capacities"
+        assert self.starts == _starts(self.capacities), "starts disagree with capacities"
         assert all(0 <= n <= c for n, c in zip(self.lengths, self.capacities, strict=True)), "row longer than its room"
         for name, column in self.columns.items():
             assert column.shape[0] == sum(self.capacities), f"column {name} has {column.shape[0]} cells"
@@ -272,9 +253,33 @@ class RaggedTable:
         grown = needed + max(self.step, needed // 16)
         return grown if self.limits is None else max(needed, min(grown, self.limits[row]))
 
-    def _select(self, keep: Tensor) -> tuple[Tensor, list[int]]:
-        assert keep.shape == (self.num_rows, self.longest), f"mask {tuple(keep.shape)} for {self.num_rows} rows"
-        assert len(set(self.lengths)) <= 1 or not bool((keep & ~self.valid(keep.device)).any()), "mask selects padding"
-        row, column = keep.nonzero(as_tuple=True)
-        index = torch.tensor(self.starts, device=row.device)[row] + column
-        return index, keep.sum(1).tolist()
+    def _count(self, keep: Tensor, begins: Sequence[int], unit: int) -> list[int]:
+        expected = (self.num_rows, self.longest)
+        assert begins or keep.shape == expected, f"mask {tuple(keep.shape)} for a table of {expected}"
+        return kernels.count_kept(keep, self.lengths, begins, unit)
+
+    def _lay_out(
+        self, lengths: Sequence[int], capacities: Sequence[int], keep: Tensor | None, begins: Sequence[int], unit: int
+    ) -> None:
+        """Brings the entries that ``keep`` names (None: all) into rows of these lengths and capacities."""
+        after = Layout(_starts(capacities), list(lengths), list(capacities))
+        in_place = not self.borrowed and sum(capacities) == sum(self.capacities)
+        moved = self._moved(keep, after, begins, unit, in_place=in_place)
+        for name, column in zip(list(self.columns), moved, strict=True):
+            if column is not self.columns[name]:
+                self.columns[name] = column
+        if after.capacities != self.capacities:
+            self.columns.version = object()  # addresses hold, but rows begin elsewhere
+        self.starts, self.lengths, self.capacities = after
+        self.borrowed.clear()
+
+    def _moved(
+        self, keep: Tensor | None, after: Layout, begins: Sequence[int] = (), unit: int = 1, *, in_place: bool = False
+    ) -> list[Tensor]:
+        before = Layout(self.starts, self.lengths, self.capacities)
+        return kernels.compact(list(self.columns.values()), keep, before, after, begins, unit, in_place=in_place)
+
+
+def _starts(capacities: Sequence[int]) -> list[int]:
+    """Where rows of these capacities begin."""
+    return list(accumulate(capacities[:-1], initial=0))

@@ -20,17 +20,20 @@ class Reading:
     """What a selector sees of one attention call: n queries of B sequences and the T cells of each KV head.
 
     ``logits [B, Hkv, G, n, T]`` float32, -inf where a query may not look; ``lse [B, Hkv, G, n]`` is their log-sum-exp over all
-    entries (a sink logit of the model included), against which weights after the softmax are taken. ``query [B, Hkv, G, n, D]``
-    and ``keys [B, Hkv, T, D]`` in float32; ``visible [B, Hkv, n, T]`` bool; ``layer_idx`` of the model. ``steps
-    [B, n]`` are the positions of the queries and ``positions [B, Hkv, T]`` those of the entries, -1 for an empty cell.
+    entries (a sink logit of the model included), against which weights after the softmax are taken. ``query [B, Hkv, G, n, D]``,
+    ``keys [B, Hkv, T, D]`` and ``values [B, Hkv, T, Dv]`` in float32; ``visible [B, Hkv, n, T]`` bool. ``layer_idx`` is that of
+    the model, and ``depth`` runs from 0 in the first layer that a budget governs to 1 in the last. ``steps [B, n]`` are the
+    positions of the queries and ``positions [B, Hkv, T]`` those of the entries, -1 for an empty cell.
     """
 
     layer_idx: int
     query: Tensor
     keys: Tensor
+    values: Tensor
     logits: Tensor
     lse: Tensor
     visible: Tensor
+    depth: float = 0.0
     steps: Tensor | None = None
     positions: Tensor | None = None
 
@@ -63,6 +66,7 @@ class Selects(Protocol):
 def attend(
     selector: Selects,
     layer_idx: int,
+    depth: float,
     segments: Sequence[Segment],
     query: Tensor,
     steps: Tensor,
@@ -108,7 +112,9 @@ def attend(
         lse = torch.logsumexp(logits, dim=-1)
         if sink is not None:
             lse = torch.logaddexp(lse, sink.float().view(1, keys.shape[1], -1, 1))
-        reading = Reading(layer_idx, grouped[:, :, :, at], keys, logits, lse, visible, steps[:, at], positions)
+        reading = Reading(
+            layer_idx, grouped[:, :, :, at], keys, values, logits, lse, visible, depth, steps[:, at], positions
+        )
         chosen = selector.select(reading)
         weights, mean_weight = chosen.weights, chosen.mean_weight
         if whole is not None:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvbudget import kernels
 from kvbudget.codecs.base import Asked, Codec, Place
+from kvbudget.kernels.ragged import kept_cells
 from kvbudget.kernels.reference import DecodedOperand, DenseOperand, Operand
 from kvbudget.models import Rotation
 from kvbudget.segments.base import Side
@@ -140,29 +142,21 @@ class CodecStore:
 
     def take(self, keep: Tensor, spare: int) -> None:
         """Keeps the entries where ``keep [R, longest]`` is set, with room for ``spare`` more in each row."""
-        unit = self.codec.unit
-        units = torch.zeros(self.sealed.num_rows, self.sealed.longest, dtype=torch.bool)
-        first = torch.zeros(self.first.num_rows, self.first.longest, dtype=torch.bool)
-        tail = torch.zeros(self.tail.num_rows, self.tail.longest, dtype=torch.bool)
-        for r, (begin, end) in enumerate(self.bounds(SEALED)):
-            whole = keep[r, begin:end].unflatten(0, (-1, unit))
-            assert bool((whole == whole[:, :1]).all()), "a sealed unit can only be kept or evicted whole"
-            units[r, : whole.shape[0]] = whole[:, 0]
-            first[r, :begin] = keep[r, :begin]
-            tail[r, : self.tail.lengths[r]] = keep[r, end : end + self.tail.lengths[r]]
-        if self.codec.variable and self.payload.columns:
-            sizes = self._sizes()
+        codec, unit = self.codec, self.codec.unit
+        first, coded = list(self.first.lengths), self.coded
+        if codec.variable and self.payload.columns:
+            units = kept_cells(keep, self.sealed.lengths, first, unit)
             cells = torch.zeros(self.payload.num_rows, self.payload.longest, dtype=torch.bool)
-            for r, size in enumerate(sizes):
+            for r, size in enumerate(self._sizes()):
                 cells[r, : int(size.sum())] = units[r, : len(size)].repeat_interleave(size.cpu())
             self.payload.take(cells, -(-spare // unit) * self._most())
         if self.sealed.columns:
-            self.sealed.take(units, -(-spare // unit))
+            self.sealed.take(keep, -(-spare // unit), first, unit)
         if self.first.columns:
-            self.first.take(first)
-        if tail.sum() < self.tail.total:
-            spare = self.codec.longest_tail - int(tail.sum(1).max()) if self.codec.residual else 0
-            self.tail.take(tail, max(0, spare))
+            self.first.take(keep, 0, [0] * len(first))
+        counts = kernels.count_kept(keep, self.tail.lengths, coded)
+        if sum(counts) < self.tail.total:
+            self.tail.take(keep, max(0, codec.longest_tail - max(counts)) if codec.residual else 0, coded)
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""

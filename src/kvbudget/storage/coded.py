@@ -63,7 +63,7 @@ def encode(
         PolicyError: when the model has no calibration.
     """
     for layer in cache.enforcer.layers:
-        if layer.moving or not all(isinstance(segment, DenseSegment) for segment in layer.main):
+        if layer.moving or not all(type(segment) is DenseSegment for segment in layer.main):
             raise CacheError(
                 f"{cache.policy} leaves no keys in full precision at their own positions; save it with codec='raw'"
             )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
 from kvbudget.eval.chorus import Chorus
@@ -130,15 +130,26 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     Greedy decoding would produce the answer exactly if every token of it is the most likely one given those before, so
     no generation is needed. Policies whose queries read less in decoding alone get the answer token by token.
     """
-    ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device)
-    scored = len(probe.answer) - probe.skip
-    fork, pieces = cache.fork(), [ids]
-    if _selects_in_decoding(cache):
+    return Reading(_answered(model, cache.fork(), 1, probe, _selects_in_decoding(cache))[0], _targets(model, probe))
+
+
+def _answered(model: PreTrainedModel, cache: Cache, count: int, probe: Probe, by_token: bool) -> Tensor:
+    """Logits ``[count, n, V]`` of the scored tokens, from a cache of ``count`` sequences that takes them all."""
+    ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device).expand(count, -1)
+    scored, pieces = len(probe.answer) - probe.skip, [ids]
+    if by_token:
         pieces = [ids[:, : len(probe.question) - 1], *ids[:, len(probe.question) - 1 :].split(1, dim=1)]
-    rows = [model(piece, past_key_values=fork).logits[0] for piece in pieces[:-1] if piece.shape[1]]
     keep = scored if len(pieces) == 1 else 0
-    rows.append(model(pieces[-1], past_key_values=fork, logits_to_keep=keep).logits[0])
-    return Reading(torch.cat(rows)[-scored:].float(), probe.answer[probe.skip :].to(model.device))
+    rows = [
+        model(piece, past_key_values=cache, logits_to_keep=keep or piece.shape[1]).logits
+        for piece in pieces
+        if piece.shape[1]
+    ]
+    return torch.cat(rows, dim=1)[:, -scored:].float()
+
+
+def _targets(model: PreTrainedModel, probe: Probe) -> Tensor:
+    return probe.answer[probe.skip :].to(model.device)
 
 
 def _selects_in_decoding(cache: KVCache) -> bool:
@@ -148,14 +159,14 @@ def _selects_in_decoding(cache: KVCache) -> bool:
 
 @torch.inference_mode()
 def read_together(model: PreTrainedModel, caches: Sequence[KVCache], probe: Probe) -> list[Reading]:
-    """As `read` from each of several caches of the same context, in one forward."""
-    if any(map(_selects_in_decoding, caches)):
-        return [read(model, cache, probe) for cache in caches]
-    ids = torch.cat([probe.question, probe.answer])[None, :-1].to(model.device).expand(len(caches), -1)
-    scored = len(probe.answer) - probe.skip
-    logits = model(ids, past_key_values=Chorus(caches), logits_to_keep=scored).logits
-    targets = probe.answer[probe.skip :].to(model.device)
-    return [Reading(row.float(), targets) for row in logits]
+    """As `read` from each of several caches of the same context; those that read alike share their forwards."""
+    readings: dict[int, Reading] = {}
+    for by_token in (False, True):
+        alike = [i for i, cache in enumerate(caches) if _selects_in_decoding(cache) is by_token]
+        if alike:
+            logits = _answered(model, Chorus([caches[i] for i in alike]), len(alike), probe, by_token)
+            readings |= {i: Reading(row, _targets(model, probe)) for i, row in zip(alike, logits, strict=True)}
+    return [readings[i] for i in range(len(caches))]
 
 
 def visible_form(example: Example, probe: Probe) -> tuple[Tensor, Probe]:

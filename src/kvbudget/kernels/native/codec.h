@@ -67,6 +67,9 @@ KV_INLINE void with_codec(Codec codec, Body&& body) {
 KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 
+// Three bits lie in two planes; the kernels read them as the four bits that `widen` makes of them.
+KV_INLINE int kernel_bits(const Operand& x) { return x.bits == 3 ? 4 : x.bits; }
+
 KV_INLINE Codec choose(const Operand& x) {
   if (x.kind == Kind::codebook) return Codec::expand;
   if (x.kind == Kind::dense) {
@@ -75,12 +78,12 @@ KV_INLINE Codec choose(const Operand& x) {
     if (x.type == Type::f32) return wide ? Codec::f32_wide : Codec::f32;
     return wide ? Codec::bf16_wide : Codec::bf16;
   }
-  const int bytes = packed_bytes(x.width, x.bits);
+  const int bytes = packed_bytes(x.width, kernel_bits(x));
   const int entries = bytes % 32 == 0 ? 1 : bytes == 16 ? 2 : bytes == 8 ? 4 : 0;
-  if (!entries || x.stride != bytes || (x.index && (entries > 1 || x.kind == Kind::channel))) return Codec::expand;
+  if (!entries || x.stride != packed_bytes(x.width, x.bits) || (x.index && (entries > 1 || x.kind == Kind::channel))) return Codec::expand;
   // A vector's lanes span 32 / entries consecutive channels, which must share a scale (and not straddle two slabs).
   if (x.kind == Kind::token && x.group % (32 / entries)) return Codec::expand;
-  switch (x.bits) {
+  switch (kernel_bits(x)) {
     case 8: return entries == 1 ? Codec::c8 : Codec::expand;
     case 4: return entries == 1 ? Codec::c4 : entries == 2 ? Codec::c4_2 : Codec::expand;
     case 2: return entries == 1 ? Codec::c2 : entries == 2 ? Codec::c2_2 : Codec::expand;
@@ -126,8 +129,8 @@ KV_INLINE Order order_of(const Operand& x) {
     o.bits = o.codec == Codec::bf16 || o.codec == Codec::bf16_wide ? 16 : 0;
     o.vectors = (x.width + 15) / 16 * 2;
   } else {
-    o.bits = x.bits;
-    o.slab = packed_bytes(x.width, x.bits);
+    o.bits = kernel_bits(x);
+    o.slab = packed_bytes(x.width, o.bits);
     o.vectors = x.width * o.entries / W;
   }
   return o;
@@ -206,6 +209,30 @@ KV_INLINE void unpack_plane(const uint8_t* row, int slab, int bits, float factor
       out[i] = Add ? out[i] + code : code;
     }
   }
+}
+
+// A row of three-bit codes as four-bit codes, as many words at a time as both kinds of planes are made of. Eighths of a row
+// share a byte of the upper plane, quarters one of the lower plane, halves one of the result.
+template <class Word>
+KV_INLINE void widen_words(const uint8_t* row, int width, uint8_t* out) {
+  const int block = width / 8, size = sizeof(Word);
+  const Word low = static_cast<Word>(0x3333333333333333u), high = static_cast<Word>(0x1111111111111111u);
+  for (int i = 0; i < block; i += size) {
+    Word a, b, c;
+    std::memcpy(&a, row + i, size);
+    std::memcpy(&b, row + block + i, size);
+    std::memcpy(&c, row + 2 * block + i, size);
+    const Word words[4] = {static_cast<Word>((a & low) | (c & high) << 2), static_cast<Word>((b & low) | (c >> 1 & high) << 2),
+                           static_cast<Word>((a >> 2 & low) | (c & high << 2)), static_cast<Word>((b >> 2 & low) | (c >> 1 & high << 2))};
+    for (int q = 0; q < 4; ++q) std::memcpy(out + q * block + i, words + q, size);
+  }
+}
+
+KV_INLINE void widen(const uint8_t* row, int width, uint8_t* out) {
+  if (width % 64 == 0)
+    widen_words<uint64_t>(row, width, out);
+  else
+    widen_words<uint32_t>(row, width, out);
 }
 
 // Codes of one packed row as float32.

@@ -18,6 +18,7 @@ struct LaneScales {
 struct Rows {
   const uint8_t* base;
   int64_t step;
+  int64_t ahead;  // bytes from here to what is to be fetched from memory meanwhile; 0: nothing
   const uint8_t* at(int64_t t) const { return base + t * step; }
 };
 
@@ -81,9 +82,11 @@ void dot_rows(Rows rows, int n, const float* q, int64_t q_stride, int chunks, co
   // MT * R accumulators, MT queries and one key fit in sixteen registers, and a word of codes per row where it serves many steps.
   constexpr int R = MT == 4 || (MT == 3 && C::codes) ? 2 : 4;
   for (int t = 0; t < n; t += 4 * C::entries, rows.base += 4 * rows.step) {
+    if (rows.ahead)
+      for (int64_t p = 0; p < 4 * rows.step; p += 64) __builtin_prefetch(rows.base + rows.ahead + p, 0, 2);
     vf acc[4 / R][MT][R];
     for (int half = 0; half < 4 / R; ++half)
-      dot_tile<C, MT, R, Scaled>({rows.at(half * R), rows.step}, q, q_stride, chunks, start, scales,
+      dot_tile<C, MT, R, Scaled>({rows.at(half * R), rows.step, 0}, q, q_stride, chunks, start, scales,
                                  first + t + half * R * C::entries, acc[half]);
     for (int m = 0; m < MT; ++m)
       store_sums<C::entries>(out + m * out_stride + t, acc[0][m][0], acc[0][m][1], acc[4 / R - 1][m][R - 2],
@@ -103,7 +106,7 @@ KV_INLINE int next_tile(int remaining) {
 }
 
 template <class C, bool Scaled>
-void dot_queries(const Rows& rows, int n, const float* q, int64_t q_stride, int queries, int chunks, const float* start,
+void dot_queries(Rows rows, int n, const float* q, int64_t q_stride, int queries, int chunks, const float* start,
                  const LaneScales& scales, int64_t first, float* out, int64_t out_stride) {
   for (int m = 0; m < queries;) {
     int tile = next_tile(queries - m);
@@ -117,6 +120,7 @@ void dot_queries(const Rows& rows, int n, const float* q, int64_t q_stride, int 
     if constexpr (KV_QUERY_TILE == 4)
       if (tile == 4) dot_rows<C, 4, Scaled>(rows, n, at, q_stride, chunks, start + m, scales, first, to, out_stride);
     m += tile;
+    rows.ahead = 0;
   }
 }
 

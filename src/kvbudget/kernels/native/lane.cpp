@@ -51,6 +51,25 @@ void write(const float* from, Type type, size_t count, uint8_t* to) {
 
 }  // namespace
 
+Lane::Lane(int rows, int queries, std::vector<Portion> given, Room room)
+    : portions(std::move(given)), rows_(rows), queries_(queries), room_(std::move(room)) {
+  Integers one_each(rows);
+  for (int r = 0; r < rows; ++r) one_each[r] = r;
+  for (Side Portion::*side : {&Portion::key, &Portion::value}) {
+    (apart_.*side).tail = (portions.back().*side).tail;
+    (apart_.*side).tail_lists.starts = one_each;
+  }
+  apart_.starts = std::move(one_each);
+  apart_.key_cells = apart_.value_cells = Integers(rows);
+}
+
+void Lane::set_apart(const Step& step) {
+  apart_.lengths.assign(rows_, step.apart ? 1 : 0);
+  apart_.key.tail.data = step.key;
+  apart_.value.tail.data = step.value;
+  apart_.positions = step.apart;
+}
+
 bool Lane::append(const Step& step) {
   Portion& last = portions.back();
   for (int r = 0; r < rows_; ++r) {
@@ -76,7 +95,8 @@ bool Lane::append(const Step& step) {
 }
 
 bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
-  if (!append(step)) return false;
+  if (!step.apart && !append(step)) return false;
+  set_apart(step);
   kept.lane = nullptr;
   kept.stretches.clear();
   const int width = portions.back().value.tail.width, M = queries_;
@@ -88,7 +108,7 @@ bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
   // A window that covers everything held need not be looked at.
   for (int r = 0; r < rows_; ++r) {
     int64_t held = 0;
-    for (const Portion& p : portions) held += p.lengths[r];
+    for (size_t i = 0; i <= portions.size(); ++i) held += portion(i).lengths[r];
     if (held > step.window) job.window = step.window;
   }
   job.query_positions = step.positions.data();
@@ -97,8 +117,8 @@ bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
   std::vector<std::vector<float>> outs, lses;
   Integers key_starts, key_skip, value_starts, value_skip, entry_starts;
   size_t logits = 0;
-  for (size_t i = 0; i < portions.size(); ++i) {
-    const Portion& p = portions[i];
+  for (size_t i = 0; i <= portions.size(); ++i) {
+    const Portion& p = portion(i);
     // Cut where the storage of keys or of values changes.
     Integers lower(rows_), middle(rows_), upper(rows_);
     for (int r = 0; r < rows_; ++r) {
@@ -154,7 +174,7 @@ bool Lane::accumulate(const Kernels& kernels, size_t first, const std::vector<fl
                    sums.data());
     const float* sum = sums.data();
     for (int r = 0; r < rows_; ++r) {
-      float* state = states[stretch.portion - first] + portions[stretch.portion].starts[r] + stretch.begins[r];
+      float* state = states[stretch.portion - first] + portion(stretch.portion).starts[r] + stretch.begins[r];
       for (int64_t t = 0; t < stretch.lengths[r]; ++t) state[t] = decay[r] * state[t] + factor * *sum++;
     }
   }

@@ -5,10 +5,9 @@
 #include <vector>
 
 #include "driver.h"
+#include "ragged.h"
 
 namespace kvbudget {
-
-using Integers = std::vector<int64_t>;
 
 // The integers of an operand, which point into here.
 struct Lists {
@@ -43,6 +42,7 @@ struct Step {
   float scale, softcap;
   int64_t window;
   Integers positions;  // of the new entries, per row
+  const uint8_t* apart;  // the same as int32, where the new entries are not to be stored; else null
   uint8_t* out;        // [rows, M, Dv]
   float* lse;          // [rows, M] or null
   bool keep_logits;
@@ -50,14 +50,14 @@ struct Step {
 
 class Lane {
  public:
-  Lane(int rows, int queries, std::vector<Portion> portions, Room room)
-      : portions(std::move(portions)), rows_(rows), queries_(queries), room_(std::move(room)) {}
+  Lane(int rows, int queries, std::vector<Portion> portions, Room room);
 
-  // Stores the new entries and attends; false, with nothing done, where a row has no room left.
+  // Stores the new entries (or reads them where they are) and attends; false, with nothing done, where a row has no room left.
   bool step(const Kernels&, const Step&, int threads);
 
   // state <- decay[r] * state + factor * (attention weight, summed over the last step's queries) for every entry of the
-  // portions from `first` on, whose states begin like their positions; false where another step has come between.
+  // portions from `first` on, whose states begin like their positions, and at last of new entries that were not stored; false
+  // where another step has come between.
   bool accumulate(const Kernels&, size_t first, const std::vector<float*>& states, const std::vector<float>& decay, float factor,
                   int threads) const;
 
@@ -65,9 +65,12 @@ class Lane {
 
  private:
   bool append(const Step&);
+  void set_apart(const Step&);
+  const Portion& portion(size_t i) const { return i < portions.size() ? portions[i] : apart_; }
 
   int rows_, queries_;
   Room room_;
+  Portion apart_;  // one entry per row, or none
 };
 
 }  // namespace kvbudget

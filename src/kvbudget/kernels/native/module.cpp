@@ -1,9 +1,10 @@
 // The Python face of the kernels: raw addresses and sizes, which native.py has checked.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -127,21 +128,49 @@ void mass_of_logits(const Integers& lengths, int queries, int threads, uintptr_t
                            reinterpret_cast<float*>(sums));
 }
 
-// columns: (to, from or 0 for zeros, bytes per cell); cells of row r go to begins[r] and after, counts[r] of them.
-void scatter(const nb::list& columns, const Integers& begins, const Integers& counts) {
+// (to, from or 0 for none, bytes per cell) each.
+std::vector<kvbudget::Moved> moved(const nb::list& columns) {
+  std::vector<kvbudget::Moved> made;
   for (const nb::handle item : columns) {
-    const nb::tuple column = nb::cast<nb::tuple>(item);
-    uint8_t* to = reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(column[0]));
-    const uint8_t* from = address(column[1]);
-    const size_t bytes = nb::cast<size_t>(column[2]);
-    for (size_t r = 0; r < begins.size(); ++r) {
-      const size_t some = static_cast<size_t>(counts[r]) * bytes;
-      if (from)
-        std::memcpy(to + static_cast<size_t>(begins[r]) * bytes, from, some), from += some;
-      else
-        std::memset(to + static_cast<size_t>(begins[r]) * bytes, 0, some);
-    }
+    const nb::tuple t = nb::cast<nb::tuple>(item);
+    made.push_back({reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(t[0])), address(t[1]), nb::cast<int64_t>(t[2])});
   }
+  return made;
+}
+
+// (flags, stride, begins, unit)
+kvbudget::Mask mask(const nb::tuple& t) {
+  return {address(t[0]), nb::cast<int64_t>(t[1]), nb::cast<Integers>(t[2]), nb::cast<int64_t>(t[3])};
+}
+
+void scatter(const nb::list& columns, const Integers& begins, const Integers& counts) {
+  kvbudget::scatter(moved(columns), begins, counts);
+}
+
+// None where the mask breaks its rules.
+std::optional<Integers> count_kept(const nb::tuple& flags, const Integers& lengths) {
+  Integers counts;
+  return kvbudget::count_kept(mask(flags), lengths, counts) ? std::optional<Integers>(counts) : std::nullopt;
+}
+
+// from: (starts, lengths), to: (starts, lengths, capacities) per row.
+void compact(const nb::list& columns, const nb::tuple& flags, const nb::tuple& from, const nb::tuple& to, int threads) {
+  const kvbudget::Layout before{nb::cast<Integers>(from[0]), nb::cast<Integers>(from[1]), {}};
+  const kvbudget::Layout after{nb::cast<Integers>(to[0]), nb::cast<Integers>(to[1]), nb::cast<Integers>(to[2])};
+  kvbudget::compact(moved(columns), mask(flags), before, after, threads);
+}
+
+// cells: (rows, width, scores, protect, valid, units or 0, fill).
+bool select_best(const nb::tuple& cells, const Integers& counts, uintptr_t keep) {
+  const kvbudget::Scored x{nb::cast<int64_t>(cells[0]),
+                           nb::cast<int64_t>(cells[1]),
+                           reinterpret_cast<const float*>(address(cells[2])),
+                           address(cells[3]),
+                           address(cells[4]),
+                           reinterpret_cast<const int64_t*>(address(cells[5])),
+                           nb::cast<bool>(cells[6])};
+  if (counts.size() != static_cast<size_t>(x.rows)) throw std::invalid_argument("one count per row is needed");
+  return kvbudget::select(x, counts, reinterpret_cast<uint8_t*>(keep));
 }
 
 void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t queries, int width, uintptr_t out,
@@ -181,7 +210,7 @@ kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Inte
 }
 
 // held: (sealed key cells, sealed value cells, entries) per segment, each a list per row or () for none at all.
-// tensors: (query, key, value, type, out, lse or 0).
+// tensors: (query, key, value, type, out, lse or 0, positions as int32 where the new entries are not to be stored, else 0).
 bool lane_step(kvbudget::Lane& lane, const nb::tuple& tensors, const nb::list& held, const Integers& positions, float scale,
                float softcap, int64_t window, bool keep_logits, int threads) {
   if (held.size() != lane.portions.size()) throw std::invalid_argument("as many segments as the lane was made for are needed");
@@ -196,7 +225,7 @@ bool lane_step(kvbudget::Lane& lane, const nb::tuple& tensors, const nb::list& h
   }
   const kvbudget::Step step{address(tensors[0]), address(tensors[1]), address(tensors[2]),
                             static_cast<kvbudget::Type>(nb::cast<int>(tensors[3])), scale, softcap, window, positions,
-                            reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(tensors[4])),
+                            address(tensors[6]), reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(tensors[4])),
                             reinterpret_cast<float*>(nb::cast<uintptr_t>(tensors[5])), keep_logits};
   nb::gil_scoped_release release;
   return lane.step(*kernels, step, threads);
@@ -226,6 +255,9 @@ NB_MODULE(_native, m) {
   m.def("encode", &encode);
   m.def("merge", &merge);
   m.def("scatter", &scatter);
+  m.def("count_kept", &count_kept);
+  m.def("compact", &compact);
+  m.def("select", &select_best);
   nb::class_<kvbudget::Lane>(m, "Lane")
       .def(nb::new_(&lane))
       .def("step", &lane_step)

@@ -24,7 +24,7 @@ struct Side {
   float* zero;           // the same
   float* meta;           // conversion buffer
   float* expanded;       // [kTile][lanes] for operands without a direct form
-  uint8_t* copied;       // [kTile + 4] rows that are gathered, or read past the range
+  uint8_t* copied;       // [kTile + 4] rows that are gathered, widened, or read past the range
   Table table;           // of codebook operands
 };
 
@@ -56,8 +56,17 @@ struct Arena {
   }
 };
 
+// Of a row as the micro-kernels read it.
 KV_INLINE int64_t row_bytes(const Operand& x) {
-  return x.kind == Kind::dense ? static_cast<int64_t>(x.width) * type_bytes(x.type) : x.stride;
+  if (x.kind == Kind::dense) return static_cast<int64_t>(x.width) * type_bytes(x.type);
+  return x.bits == 3 ? packed_bytes(x.width, kernel_bits(x)) : x.stride;
+}
+
+KV_INLINE void copy_row(const Operand& x, const uint8_t* row, int64_t bytes, uint8_t* to) {
+  if (x.bits == 3)
+    widen(row, x.width, to);
+  else
+    std::memcpy(to, row, bytes);
 }
 
 KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, Side& side) {
@@ -163,7 +172,7 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
       expand_entry(x, row, t + i, out, side.meta);
       for (int d = x.width; d < side.lanes; ++d) out[d] = 0.0f;
     }
-    return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes};
+    return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes, 0};
   }
   const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
   const int64_t bytes = row_bytes(x);
@@ -171,17 +180,17 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
     const int64_t* index = x.index + x.index_starts[row] + t;
     for (int i = 0; i < n; ++i) {
       if (t + i + kTile < end) prefetch(x.data + (start + index[i + kTile]) * x.stride, bytes);
-      std::memcpy(side.copied + i * bytes, x.data + (start + index[i]) * x.stride, bytes);
+      copy_row(x, x.data + (start + index[i]) * x.stride, bytes, side.copied + i * bytes);
     }
-    return {side.copied, bytes};
+    return {side.copied, bytes, 0};
   }
   const uint8_t* base = x.data + (start + t) * x.stride;
   const int64_t left = end - t - ahead;
+  if (x.bits != 3 && t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride, left >= n ? ahead * x.stride : 0};
   if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
-  if (t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride};
-  for (int i = 0; i < n; ++i) std::memcpy(side.copied + i * bytes, base + i * x.stride, bytes);
+  for (int i = 0; i < n; ++i) copy_row(x, base + i * x.stride, bytes, side.copied + i * bytes);
   std::memset(side.copied + n * bytes, 0, (padded(n, 4 * o.entries) - n) * bytes);
-  return {side.copied, o.entries * bytes};
+  return {side.copied, o.entries * bytes, 0};
 }
 
 // in [n, groups] to out [groups, stride]; reads and writes up to W - 1 entries past n.

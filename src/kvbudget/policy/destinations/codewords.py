@@ -60,13 +60,17 @@ class Codewords(Destination):
             mean = torch.cat([mean, mean.new_zeros(more, mean.shape[-1])])
             newest, number = torch.cat([newest, newest.new_zeros(more)]), torch.cat([number, number.new_zeros(more)])
             nearest = torch.cdist(key, codes, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-            total = (mean * number[:, None]).index_add(0, nearest, value)
-            number = number.index_add(0, nearest, torch.ones_like(nearest, dtype=number.dtype))
-            mean = total / number.clamp_min(1.0)[:, None]
+            mean, number = self._written(mean, number, nearest, value)
             newest = newest.scatter_reduce(0, nearest, position, "amax")
             used = number > 0
             codes, mean, newest, number = codes[used], mean[used], newest[used], number[used]
         return codes, mean, newest, number
+
+    def _written(self, held: Tensor, number: Tensor, nearest: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What codewords hold ``[c, Dv]`` for how many entries ``[c]``, after ``value [n, Dv]`` has come to the ``nearest``."""
+        total = (held * number[:, None]).index_add(0, nearest, value)
+        number = number.index_add(0, nearest, torch.ones_like(nearest, dtype=number.dtype))
+        return total / number.clamp_min(1.0)[:, None], number
 
     def _fresh(self, key: Tensor, room: int) -> Tensor:
         """Codewords that join a codebook with room for so many."""

@@ -1,4 +1,4 @@
-"""Any scorer, with the mean over the heads of a layer for all of them."""
+"""Any scorer, for policies in which heads of a layer hold the same entries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,3 +42,15 @@ class Shared(Scorer):
 
     def score(self, view: View) -> Tensor:
         return by_layer(self.scorer.score(view))
+
+
+@dataclass(frozen=True)
+class Following(Shared):
+    """Scores of ``scorer``, in which KV head h of layer l has those of head ``owners[l][h]``."""
+
+    aligned: ClassVar[bool] = False
+
+    owners: tuple[tuple[int, ...], ...] = ()
+
+    def score(self, view: View) -> Tensor:
+        return self.scorer.score(view)[:, list(self.owners[view.layer_idx])]
