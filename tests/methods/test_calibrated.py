@@ -26,6 +26,7 @@ POLICIES = (
     "h2o+kv_heads",
     "snapkv(window=8)+headkv",
     "snapkv(window=8)+chai",
+    "h2o+compresskv(least=8)",
 )
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbudget.budget import Budget
+from kvbudget.cache import KVCache
 from kvbudget.costs import EntryCost
 from kvbudget.enforcer import Enforcer
 from kvbudget.errors import PolicyError
@@ -18,6 +19,7 @@ from kvbudget.methods.knorm import KeyNorm
 from kvbudget.policy.allocators.heads import JointTopK
 from kvbudget.policy.allocators.layers import Uniform
 from kvbudget.policy.base import LayerAllocator, Parts, Protect
+from tiny import random_text, tiny_model
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,20 @@ def test_a_role_is_filled_once_and_aligned_scorers_have_no_heads_to_share():
         parse("cake+pyramidkv")
     with pytest.raises(PolicyError, match="adakv has nothing to share out"):
         parse("adakv+tova")
+
+
+@pytest.mark.parametrize(
+    "allocator", ["pyramidkv", "zigzagkv(window=16)", "dynamickv", "cake(window=16)", "prefixkv", "adakv", "evolkv"]
+)
+def test_every_allocator_goes_with_any_scorer(allocator):
+    model = tiny_model("llama")
+    for scorer in ("knorm", "h2o", "streaming_llm"):
+        cache = KVCache(model, f"{scorer}+{allocator}", 40)
+        with torch.inference_mode():
+            model(random_text(120), past_key_values=cache)
+        assert type(cache.parts.scorer) is type(parse(scorer).parts().scorer)
+        assert cache.report().kept_entries == sum(sum(row) for layer in cache.report().kept for row in layer) <= 160
+        assert cache.report().kept_entries > 150
 
 
 def test_what_brings_a_scorer_along_takes_another():
