@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--budget", default=None, help="for policies that evict, such as 2MiB; none by default")
-    parser.add_argument("--policies", default="", help="joined by ;, instead of all codecs; 'measured': those that all texts have been through")
+    parser.add_argument(
+        "--policies",
+        default="",
+        help="joined by ;, instead of all codecs; 'measured': those that all texts have been through",
+    )
     parser.add_argument("--results", type=Path, default=Path("results/rate_distortion.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/rate_distortion.png"))
     parser.add_argument("--table", type=Path, default=Path("docs/rate_distortion.md"))
