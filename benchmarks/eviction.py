@@ -4,7 +4,7 @@ A model of that geometry with random, narrow layers stands in, since only the ca
 one by the thread's own processor time: what follows the attention (scores, choice, moves), with an eviction and without, and
 the whole attention call of the step, which also pays for whatever an eviction left to be prepared anew.
 
-    python benchmarks/eviction.py [--entries 2048] [--steps 96] [--dtype bfloat16] [--policies "snapkv;tova"]
+    python benchmarks/eviction.py [--entries 2048] [--steps 96] [--layers 30] [--dtype bfloat16] [--policies "snapkv;tova"]
 """
 
 import argparse
@@ -68,12 +68,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--policies", default=";".join(POLICIES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = stand_in().to(getattr(torch, arguments.dtype))
+    model.model.layers = model.model.layers[: arguments.layers]
+    model.config.num_hidden_layers = arguments.layers
     for policy in arguments.policies.split(";"):
         print(json.dumps(measure(model, policy, arguments.entries, arguments.steps)), flush=True)
 

@@ -30,8 +30,8 @@ CLAIMS = (
     ("GEAR: the low-rank term helps 2 bits", "gear(bits=2, sparsity=0.0)", "gear(bits=2, sparsity=0.0, rank=0)"),
     ("GEAR: outliers help on top", "gear(bits=2)", "gear(bits=2, sparsity=0.0)"),
     ("KVQuant: 1% of outliers helps 3 bits", "kvquant", "kvquant(sparsity=0.0)"),
-    ("SQuat before KIVI at 2 bits", "squat", "kivi(bits=2, residual=32)"),
-    ("RotateKV before KIVI at 2 bits", "rotatekv", "kivi(bits=2)"),
+    ("SQuat before KIVI at 2 bits", "squat(bits=2)", "kivi(bits=2, residual=32)"),
+    ("RotateKV before KIVI at 2 bits", "rotatekv(bits=2)", "kivi(bits=2)"),
     ("AQUA-KV before KIVI at 2 bits", "aquakv", "kivi(bits=2)"),
     ("CommVQ before KIVI at 2 bits", "commvq", "kivi(bits=2)"),
     ("CommVQ before KVQuant at 2 bits", "commvq", "kvquant(bits=2)"),
@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--budget", default=None, help="for policies that evict, such as 2MiB; none by default")
-    parser.add_argument("--policies", default="", help="joined by ;, instead of all codecs")
+    parser.add_argument(
+        "--policies",
+        default="",
+        help="joined by ;, instead of all codecs; 'measured': those that all texts have been through",
+    )
     parser.add_argument("--results", type=Path, default=Path("results/rate_distortion.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/rate_distortion.png"))
     parser.add_argument("--table", type=Path, default=Path("docs/rate_distortion.md"))
@@ -71,11 +75,14 @@ def main() -> None:
     done = {(line["text"], line["policy"]) for line in lines}
     model, tokenizer = kvbudget.load(arguments.model)
     policies = arguments.policies.split(";") if arguments.policies else everything(model)
+    if arguments.policies == "measured":
+        once = dict.fromkeys(line["policy"] for line in lines)
+        policies = [policy for policy in once if all((number, policy) in done for number in range(arguments.texts))]
     length = arguments.context + arguments.continuation
     with arguments.results.open("a") as file:
         for number, ids in enumerate(passages(tokenizer, length, arguments.texts, source=source)):
             missing = [policy for policy in policies if (number, policy) not in done]
-            if not missing:
+            if not missing or arguments.policies == "measured":
                 continue
             recording = record(model, ids[None, : arguments.context])
             continuation = ids[None, arguments.context :]
@@ -91,7 +98,7 @@ def main() -> None:
     wanted = set(policies) - {"full"}
     lines = [line for line in lines if line["policy"] in wanted and line["text"] < arguments.texts]
     draw(lines, arguments.figure, arguments.model)
-    if not arguments.policies:
+    if arguments.policies in ("", "measured"):
         with written_whole(arguments.table) as unfinished:
             unfinished.write_text(page(lines, setting, arguments.figure), encoding="utf-8")
 

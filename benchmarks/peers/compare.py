@@ -35,12 +35,12 @@ from kvbudget.eval.replay import Recording, record, replay
 from kvbudget.eval.results import ResultsFile
 from kvbudget.eval.stats import bootstrap, compare
 from kvbudget.eval.tasks.base import Example, Reading, Task, read
+from kvbudget.files import insert
 from kvbudget.methods import parse
 
 # Two libraries that keep the same entries differ by rounding: below this, in the score's own units.
 SAME = 0.02
 WORKER = Path(__file__).with_name("worker.py")
-MARKS = ("<!-- peers -->", "<!-- /peers -->")
 
 
 class Pair(NamedTuple):
@@ -245,16 +245,6 @@ def _mean(cells: Sequence[dict[str, Any]], side: str, name: str) -> float:
     return sum(cell[side][name] for cell in cells) / len(cells)
 
 
-def insert(path: Path, text: str) -> None:
-    """Replaces what stands between the marks of a Markdown file."""
-    begin, end = MARKS
-    content = path.read_text(encoding="utf-8")
-    head, _, rest = content.partition(begin)
-    if end not in rest:
-        raise SystemExit(f"{path} has no {begin} ... {end}")
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -280,7 +270,7 @@ def main() -> None:
     text = table([found[key] for key in wanted if key in found], command)
     print(text)
     if options.markdown is not None:
-        insert(options.markdown, text)
+        insert(options.markdown, "peers", text)
 
 
 def _exists(policy: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.budget import solve
+from kvbudget.kernels import count_kept
 from kvbudget.layer import LayerCache
 from kvbudget.policy.base import Evicted, LayerAllocator
 from kvbudget.policy.selection import newest, protected_entries, select
@@ -229,7 +230,8 @@ class Enforcer(Shares):
         if self.parts.threshold is not None and bool((keep | ~valid.flatten(0, 1)).all()):
             return
         # Room for the steps until the next eviction, the same in all rows and inside the smallest share.
-        kept = keep.sum(1).view(layer.batch_size, heads).sum(1).tolist()
+        rows = count_kept(keep, [keep.shape[1]] * len(keep))
+        kept = [sum(rows[b * heads : (b + 1) * heads]) for b in range(layer.batch_size)]
         spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
             spare = min(spare, self.parts.trigger.every)

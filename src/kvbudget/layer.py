@@ -179,7 +179,6 @@ class LayerCache:
         answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window, spill=spill)
         if lane.spilled is not None:
             self.main.append(lane.spilled)
-            self._limit_room()
         if answer is not None:
             self.seen = [n + 1 for n in self.seen]
             self._fresh = True

@@ -87,12 +87,16 @@ def written(tmp_path_factory) -> Path:
     results = ResultsFile(folder / "r.jsonl")
     for line in CELLS:
         results.add_cell(line)
-    return write_report(results.path, folder / "out", folder / "docs" / "results.md")
+    page = folder / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    return write_report(results.path, folder / "out", page)
 
 
 def test_the_leaderboard_says_what_can_be_told_apart(written) -> None:
     text = (written.parent / "leaderboard.md").read_text()
-    assert text == (written.parents[1] / "docs" / "results.md").read_text()
+    page = (written.parents[1] / "docs" / "results.md").read_text()
+    assert page == f"before\n<!-- bench -->\n{text}\n<!-- /bench -->\nafter\n"
     assert "| snapkv | **0.67 [0.57, 0.77]** |" in text
     assert "| nearly | 0.56 [0.46, 0.66] = |" in text
     assert "| tova | 0.33 [0.23, 0.43] |" in text

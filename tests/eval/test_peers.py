@@ -8,7 +8,9 @@ import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 
+from kvbudget.errors import KVBudgetError
 from kvbudget.eval.tasks import parse
+from kvbudget.files import insert
 from tiny import tiny_model
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "peers" / "compare.py"
@@ -81,8 +83,8 @@ def test_the_table_goes_between_the_marks(peers, tmp_path):
     assert "3 contexts" in text and "Measured by `the command`; peers: kvpress 0.5." in text
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- peers -->\nold\n<!-- /peers -->\nafter\n")
-    peers.insert(page, text)
+    insert(page, "peers", text)
     assert page.read_text() == f"before\n<!-- peers -->\n{text}\n<!-- /peers -->\nafter\n"
     page.write_text("no marks\n")
-    with pytest.raises(SystemExit, match="has no <!-- peers -->"):
-        peers.insert(page, text)
+    with pytest.raises(KVBudgetError, match="has no <!-- peers -->"):
+        insert(page, "peers", text)

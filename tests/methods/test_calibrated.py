@@ -20,6 +20,7 @@ POLICIES = (
     "expected_attention_stats",
     "compresskv(least=8)",
     "snapkv(window=8)+top_theta",
+    "snapkv(window=8)+a2ats(share=0.1, window=8, sinks=2)",
     "less",
     "snapkv(window=8)+kvsharer",
     "h2o+kv_heads",
@@ -45,6 +46,17 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {
                 name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q.contiguous()
                 for name in ("keys", "values")
+            },
+            {},
+        ),
+        "a2ats": (
+            {
+                "words": torch.randn(2, 2, 16, 16, generator=generator),
+                "factor": torch.eye(16).expand(2, 2, 16, 16),
+                "inv_freq": 0.1 ** torch.arange(8).expand(2, 8),
+                "interleaved": torch.tensor(False),
+                "scaling": torch.tensor(1.0),
+                "base": torch.tensor(100),
             },
             {},
         ),

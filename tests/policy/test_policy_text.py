@@ -129,7 +129,7 @@ def test_parts_compare_like_the_text() -> None:
     [
         ("snapkw", r"unknown method 'snapkw'; did you mean 'snapkv'\?"),
         ("snapkv+pyramidd", r"unknown method 'pyramidd'; did you mean 'pyramid'\?"),
-        ("zzzzzz", r"unknown method 'zzzzzz'; known: adakv, .*snapkv"),
+        ("zzzzzz", r"unknown method 'zzzzzz'; known: a2ats, .*snapkv"),
         ("snapkv(windw=3)", r"snapkv has no parameter 'windw'; did you mean 'window'\?"),
         ("full(window=3)", r"full takes no parameters, got window=3"),
         ("snapkv(window=big)", r"snapkv: window='big' must be a whole number like the default 32"),

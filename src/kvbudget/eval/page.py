@@ -14,6 +14,7 @@ from kvbudget.errors import KVBudgetError
 from kvbudget.eval import figures
 from kvbudget.eval.leaderboard import against_best, best_of, commands, excess, leaderboard, score_name, shown
 from kvbudget.eval.results import ResultsFile, informative, title
+from kvbudget.files import insert
 
 Cells = Sequence[dict[str, Any]]
 
@@ -73,7 +74,8 @@ COLUMNS = (
 def write_report(results: Path, folder: Path, markdown: Path | None = None) -> Path:
     """Writes ``report.html``, ``leaderboard.md`` and PNG files from a results file; returns the page's path.
 
-    The leaderboard is also written to ``markdown``.
+    The leaderboard is also written to ``markdown``: between its marks ``<!-- bench -->`` and ``<!-- /bench -->`` where that
+    page exists and has them.
     """
     cells = ResultsFile(results).report()
     if not cells:
@@ -85,9 +87,13 @@ def write_report(results: Path, folder: Path, markdown: Path | None = None) -> P
     for number, cell in enumerate(_ragged(cells)):
         path = figures.save(figures.kept_entries(cell), folder / f"kept_{number}.png")
         pictures.append((f"kept entries of {cell['policy']} at {cell['budget']}", path))
-    for path in (folder / "leaderboard.md", *([] if markdown is None else [markdown])):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(leaderboard(cells), encoding="utf-8")
+    text = leaderboard(cells)
+    (folder / "leaderboard.md").write_text(text, encoding="utf-8")
+    if markdown is not None and markdown.is_file() and "<!-- bench -->" in markdown.read_text(encoding="utf-8"):
+        insert(markdown, "bench", text)
+    elif markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text, encoding="utf-8")
     page = folder / "report.html"
     page.write_text(_page(cells, pictures), encoding="utf-8")
     return page

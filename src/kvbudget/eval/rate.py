@@ -19,7 +19,7 @@ from kvbudget.segments.joint import JointSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
-WIDTHS = (8, 4, 3, 2, 1)
+WIDTHS = (4, 3, 2, 1)
 
 
 def true_bits(cache: KVCache, plain: int = 0) -> float:
@@ -76,12 +76,7 @@ def measure(
 
     Elements in full precision count 16 bits at most, as checkpoints have them.
     """
-    cache = KVCache(model, policy, budget)
-    if cache.parts.replayable:
-        replay(recording, cache)
-    else:
-        with torch.inference_mode():
-            model.base_model(recording.ids, past_key_values=cache)
+    cache = replay(recording, KVCache(model, policy, budget))
     logits = continuation_logits(model, cache, recording.logits, continuation)
     return true_bits(cache, min(16, 8 * model.dtype.itemsize)), compare_logits(full, logits, continuation[0])
 

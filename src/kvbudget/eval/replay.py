@@ -78,15 +78,23 @@ class Observed:
 
 @torch.inference_mode()
 def replay(recording: Recording, cache: KVCache, observed: Observed | None = None) -> KVCache:
-    """Fills an empty cache from a recording; it then stands where a one-pass prefill would have left it."""
+    """Fills an empty cache from a recording; it then stands where a one-pass prefill would have left it.
+
+    Under a sharing map that holds entries together too, though not where layers read another's.
+    """
     new = recording.ids.shape[1]
     cache.enforcer.check(1)
     cache.enforcer.admit([new])
     for index, layer in enumerate(cache.layers):
+        if not layer.owns:
+            layer.columns = new
+            continue
         call, begin = recording.calls[index], time.perf_counter()
         known = None if observed is None else observed.layers.get(index)
         if known is None:
-            layer.store.append(call.key, call.value, None)
+            calls = [recording.calls[i] for i in (index, *layer.readers)]
+            key, value = (torch.cat([getattr(each, name) for each in calls], dim=-1) for name in ("key", "value"))
+            layer.store.append(key, value, None)
             layer.columns = new
         else:
             adopt(cache, index, known)

@@ -37,8 +37,17 @@ class CorrectedOperand(Operand):
 
     def block(self, row: int, begin: int, end: int) -> Tensor:
         dense = self.base.block(row, begin, end).float()
-        unit = torch.eye(end - begin, device=dense.device)
-        return dense + self.added_values(row, unit, begin)
+        at, offset = self._units(row, begin, end)
+        added = dense.new_zeros((at.stop - at.start) * self.unit, dense.shape[-1])
+        if self.index is not None and self.delta is not None:
+            delta, index = self.delta[at].float(), self.index[at].long()
+            if self.by_entry:
+                added.scatter_add_(1, index, delta)
+            else:
+                added.unflatten(0, (-1, self.unit)).scatter_add_(1, index, delta)
+        if self.projected is not None and self.directions is not None:
+            added += self.projected[at].flatten(0, 1).float() @ self.directions[row].float().T
+        return dense + added[offset : offset + end - begin]
 
     def added_logits(self, row: int, query: Tensor, length: int) -> Tensor:
         """What the additions to a row's first ``length`` entries give with ``query [M, D]``: ``[M, length]``."""
@@ -54,9 +63,9 @@ class CorrectedOperand(Operand):
                 total.index_add_(1, self._places(at), terms.flatten(1))
         return total[:, offset : offset + length]
 
-    def added_values(self, row: int, weights: Tensor, begin: int = 0) -> Tensor:
-        """The additions to a row's entries from ``begin`` on, weighted by ``weights [M, T']``: ``[M, D]``."""
-        at, offset = self._units(row, begin, begin + weights.shape[1])
+    def added_values(self, row: int, weights: Tensor) -> Tensor:
+        """The additions to a row's first entries, weighted by ``weights [M, length]``: ``[M, D]``."""
+        at, offset = self._units(row, 0, weights.shape[1])
         padding = (offset, (at.stop - at.start) * self.unit - offset - weights.shape[1])
         spread = torch.nn.functional.pad(weights.float(), padding)
         out = torch.zeros((), device=weights.device)

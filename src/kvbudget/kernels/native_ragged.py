@@ -26,7 +26,7 @@ def scatter(columns: Sequence[tuple[Tensor, Tensor | None]], begins: Sequence[in
 
 def count_kept(keep: Tensor, lengths: Sequence[int], begins: Sequence[int], unit: int) -> list[int]:
     """`ragged.count_kept` by the extension, for a mask in ordinary memory."""
-    keep = keep.contiguous()
+    keep = _dense(keep)
     counts = native._native.count_kept(_flags(keep, begins, unit), lengths)
     assert counts is not None, (
         "mask selects padding" if not begins else "a sealed unit can only be kept or evicted whole"
@@ -51,8 +51,8 @@ def compact(
     cells = sum(after.capacities)
     moved = list(columns) if in_place else [column.new_empty((cells, *column.shape[1:])) for column in columns]
     pairs = [(to.data_ptr(), x.data_ptr(), _cell_bytes(x)) for to, x in zip(moved, columns, strict=True)]
-    keep = None if keep is None else keep.contiguous()
-    flags = (0, 0, (), 1) if keep is None else _flags(keep, begins, unit)
+    keep = None if keep is None else _dense(keep)
+    flags = (0, 0, 0, (), 1) if keep is None else _flags(keep, begins, unit)
     native._native.compact(pairs, flags, before[:2], after, torch.get_num_threads())
     return moved
 
@@ -63,14 +63,22 @@ def select(
     """`kvbudget.policy.selection.select` by the extension; None where it cannot serve the tensors."""
     if not scores.is_cpu or scores.dtype is not torch.float32 or (units is not None and units.dtype is not torch.int64):
         return None
-    tensors = [None if x is None else x.expand_as(scores).contiguous() for x in (scores, protected, valid, units)]
+    tensors = [
+        x if x is None or (x.shape == scores.shape and x.is_contiguous()) else x.expand_as(scores).contiguous()
+        for x in (scores, protected, valid, units)
+    ]
     keep = torch.empty(scores.shape, dtype=torch.bool)
     cells = (counts.numel(), scores.shape[-1], *(0 if x is None else x.data_ptr() for x in tensors), fill)
     return keep if native._native.select(cells, counts.flatten().tolist(), keep.data_ptr()) else None
 
 
 def _flags(keep: Tensor, begins: Sequence[int], unit: int) -> tuple[Any, ...]:
-    return keep.data_ptr(), keep.shape[1], begins, unit
+    return keep.data_ptr(), keep.stride(0), keep.shape[1], begins, unit
+
+
+def _dense(keep: Tensor) -> Tensor:
+    """A mask whose rows, wherever they are, have no gaps."""
+    return keep if keep.stride(1) == 1 else keep.contiguous()
 
 
 def _cell_bytes(column: Tensor) -> int:

@@ -16,13 +16,14 @@ def protected_entries(
 
     ``spans`` are half-open ranges of positions that the user has marked.
     """
-    length = torch.tensor(list(seen), device=positions.device)[:, None, None]
-    mask = positions < protect.sinks
+    mask = torch.zeros_like(positions, dtype=torch.bool)
     if protect.recent:
-        mask |= positions >= length - protect.recent
-    for start, end in spans:
+        first = [max(0, length - protect.recent) for length in seen]
+        even = len(set(first)) == 1
+        mask |= positions >= (first[0] if even else torch.tensor(first, device=positions.device)[:, None, None])
+    for start, end in [(0, protect.sinks), *spans] if protect.sinks else spans:
         mask |= (positions >= start) & (positions < end)
-    return mask & (positions >= 0)
+    return mask
 
 
 def newest(positions: Tensor, counts: Tensor) -> Tensor:

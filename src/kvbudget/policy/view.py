@@ -89,6 +89,15 @@ class View:
         return self.layer.seen
 
     @property
+    def age(self) -> int | Tensor:
+        """`seen` as it goes with `positions`: one number where it is the same for all sequences, else ``[B, 1, 1]``."""
+        return (
+            self.seen[0]
+            if len(set(self.seen)) == 1
+            else torch.tensor(self.seen, device=self.positions.device)[:, None, None]
+        )
+
+    @property
     def prompt(self) -> list[int]:
         """Tokens per sequence of the prompt: what came first, or is announced by a prefill."""
         return self.layer.prompt

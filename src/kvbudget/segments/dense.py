@@ -63,7 +63,7 @@ class DenseSegment(Segment):
         segments = (self, *trail)
         self.meta.reserve([sum(rows) + spare for rows in zip(*(s.lengths for s in segments), strict=True)])
         for segment in trail:
-            self.append(*segment.gather(segment.meta.valid()))
+            self.meta.append({name: segment.meta.flat(name) for name in segment.meta.columns}, segment.lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         self.meta.truncate(lengths)

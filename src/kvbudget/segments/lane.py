@@ -10,6 +10,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.ragged import RaggedTable
 
 
 class Lane:
@@ -105,11 +106,12 @@ class Lane:
             return None
         if all(n < max(c, most) for n, c, most in zip(table.lengths, table.capacities, table.limits, strict=True)):
             return None
-        segment = DenseSegment(table.num_rows)
-        segment.set_limits([1] * table.num_rows)
-        states = [name for name in table.columns if name not in ("key", "value", "position")]
-        meta = {"position": torch.tensor(seen, dtype=torch.int32)} | {name: torch.zeros(len(seen)) for name in states}
-        segment.append(key.reshape(len(seen), -1), value.reshape(len(seen), -1), meta, [1] * len(seen))
+        rows = table.num_rows
+        fresh = {"key": key.view(rows, -1).clone(), "value": value.view(rows, -1).clone()}
+        fresh["position"] = torch.tensor(seen, dtype=torch.int32)
+        segment = DenseSegment(rows)
+        columns = {name: fresh[name] if name in fresh else torch.zeros(rows) for name in table.columns}
+        segment.meta = RaggedTable.of(columns, [1] * rows)
         return segment
 
     def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:

@@ -66,6 +66,15 @@ class RaggedTable:
         self.limits: list[int] | None = None
         self.step = step
 
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor], counts: Sequence[int]) -> "RaggedTable":
+        """A table that is exactly these flat columns ``[sum(counts), *tail]``, without spare room and not to grow."""
+        table = cls(len(counts))
+        table.columns = Columns(columns)
+        table.lengths, table.capacities, table.limits = list(counts), list(counts), list(counts)
+        table.starts = _starts(counts)
+        return table
+
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
@@ -121,7 +130,9 @@ class RaggedTable:
         return out
 
     def flat(self, name: str) -> Tensor:
-        """A column's entries without spare room, rows after each other ``[total, *tail]`` (a copy unless dense)."""
+        """A column's entries without spare room, rows after each other ``[total, *tail]`` (a copy where there is any)."""
+        if self.lengths == self.capacities:
+            return self.columns[name]
         if self.uniform:
             return self.grid(name).flatten(0, 1)
         return torch.cat([self.row(name, r) for r in range(self.num_rows)])

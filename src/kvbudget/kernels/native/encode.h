@@ -120,93 +120,58 @@ KV_INLINE void pack_row(float* codes, int width, int bits, uint8_t* out) {
   pack_plane(high, width, 1, out + width / 4);
 }
 
-// Consecutive entries as floats: where they are, or a converted copy.
-struct Floats {
-  const float* data;
-  int64_t step;
-  const float* row(int64_t i) const { return data + i * step; }
-};
-
-constexpr int kCopied = 4096;  // floats of converted entries that are worked on at a time
-
-KV_INLINE Floats float_rows(const Dense& x, int64_t first, int64_t n, float* copy) {
-  if (x.type == Type::f32)
-    return {reinterpret_cast<const float*>(x.data + first * x.stride), x.stride / static_cast<int64_t>(sizeof(float))};
-  for (int64_t i = 0; i < n; ++i) to_float(x.data + (first + i) * x.stride, x.type, 0, x.width, copy + i * x.width);
-  return {copy, x.width};
+// Row i of x as floats: x itself or a converted copy.
+KV_INLINE const float* float_row(const Dense& x, int64_t i, float* copy) {
+  const uint8_t* row = x.data + i * x.stride;
+  if (x.type == Type::f32) return reinterpret_cast<const float*>(row);
+  to_float(row, x.type, 0, x.width, copy);
+  return copy;
 }
 
-// The smallest and the largest of n numbers.
-KV_INLINE void extremes(const float* in, int n, float& least, float& most) {
-  vf low = splat(in[0]), high = low;
-  int i = 0;
-  for (; i + W <= n; i += W) {
-    const vf v = load(in + i);
-    low = vmin(low, v);
-    high = vmax(high, v);
-  }
-  for (; i < n; ++i) {
-    low = vmin(low, splat(in[i]));
-    high = vmax(high, splat(in[i]));
-  }
-  least = across(low, [](vf a, vf b) { return vmin(a, b); })[0];
-  most = across(high, [](vf a, vf b) { return vmax(a, b); })[0];
-}
-
-// Entries [begin, end) with one scale and zero per `group` consecutive channels. Scales of eight groups are found together,
-// for a tile of entries before the first of its codes: each step of the way there waits for the one before.
+// Entries [begin, end) with one scale and zero per `group` consecutive channels.
 void encode_tokens(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
-  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits), tile = kCopied / D;
+  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits);
   const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) float copy[kCopied], codes[1024], least[kCopied + W], most[kCopied + W], s[kCopied + W], z[kCopied + W];
-  for (int64_t first = begin; first < end; first += tile) {
-    const int n = static_cast<int>(end - first < tile ? end - first : tile), all = n * groups;
-    const Floats rows = float_rows(x, first, n, copy);
-    for (int t = 0; t < n; ++t)
-      for (int g = 0; g < groups; ++g) extremes(rows.row(t) + g * group, group, least[t * groups + g], most[t * groups + g]);
-    for (int i = all; i < padded(all, W); ++i) least[i] = most[i] = 0.0f;
-    u16_memory* scales = reinterpret_cast<u16_memory*>(to.scale) + first * groups;
-    u16_memory* zeros = reinterpret_cast<u16_memory*>(to.zero) + first * groups;
-    for (int i = 0; i < all; i += W) {
-      const Steps steps = steps_of(load(least + i), load(most + i), levels);
-      store(s + i, steps.s);
-      store(z + i, steps.z);
-      const size_t size = sizeof(uint16_t) * (all - i < W ? all - i : W);
-      std::memcpy(scales + i, &steps.scale, size);
-      std::memcpy(zeros + i, &steps.zero, size);
-    }
-    for (int t = 0; t < n; ++t) {
-      for (int g = 0; g < groups; ++g) {
-        const float* in = rows.row(t) + g * group;
-        const vf scale = splat(s[t * groups + g]), zero = splat(z[t * groups + g]);
-        int i = 0;
-        for (; i + W <= group; i += W) store(codes + g * group + i, codes_of(load(in + i), scale, zero, levels));
-        for (; i < group; ++i) codes[g * group + i] = codes_of(splat(in[i]), scale, zero, levels)[0];
+  alignas(32) float copy[1024], codes[1024];
+  for (int64_t t = begin; t < end; ++t) {
+    const float* row = float_row(x, t, copy);
+    for (int g = 0; g < groups; ++g) {
+      const float* in = row + g * group;
+      vf low = splat(in[0]), high = low;
+      int i = 0;
+      for (; i + W <= group; i += W) {
+        const vf v = load(in + i);
+        low = vmin(low, v);
+        high = vmax(high, v);
       }
-      pack_row(codes, D, bits, to.codes + (first + t) * bytes);
+      for (; i < group; ++i) {
+        low = vmin(low, splat(in[i]));
+        high = vmax(high, splat(in[i]));
+      }
+      low = across(low, [](vf a, vf b) { return vmin(a, b); });
+      high = across(high, [](vf a, vf b) { return vmax(a, b); });
+      const Steps steps = steps_of(low, high, levels);
+      reinterpret_cast<u16_memory*>(to.scale)[t * groups + g] = static_cast<uint16_t>(steps.scale[0]);
+      reinterpret_cast<u16_memory*>(to.zero)[t * groups + g] = static_cast<uint16_t>(steps.zero[0]);
+      for (i = 0; i + W <= group; i += W) store(codes + g * group + i, codes_of(load(in + i), steps.s, steps.z, levels));
+      for (; i < group; ++i) codes[g * group + i] = codes_of(splat(in[i]), steps.s, steps.z, levels)[0];
     }
+    pack_row(codes, D, bits, to.codes + t * bytes);
   }
 }
 
 // Units [begin, end) of `unit` consecutive entries with one scale and zero per channel; the width is a multiple of W.
 void encode_units(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
-  const int D = x.width, bytes = packed_bytes(D, bits), tile = kCopied / D;
+  const int D = x.width, bytes = packed_bytes(D, bits);
   const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) float copy[kCopied], codes[1024], least[1024], most[1024], s[1024], z[1024];
+  alignas(32) float copy[1024], codes[1024], least[1024], most[1024], s[1024], z[1024];
   for (int64_t u = begin; u < end; ++u) {
-    Floats rows{};
-    for (int first = 0; first < unit; first += tile) {
-      const int n = unit - first < tile ? unit - first : tile;
-      rows = float_rows(x, u * unit + first, n, copy);
+    for (int t = 0; t < unit; ++t) {
+      const float* row = float_row(x, u * unit + t, copy);
       for (int d = 0; d < D; d += W) {
-        vf low = first ? load(least + d) : load(rows.data + d), high = first ? load(most + d) : low;
-        for (int t = 0; t < n; ++t) {
-          const vf v = load(rows.row(t) + d);
-          low = vmin(low, v);
-          high = vmax(high, v);
-        }
-        store(least + d, low);
-        store(most + d, high);
+        const vf v = load(row + d);
+        store(least + d, t ? vmin(load(least + d), v) : v);
+        store(most + d, t ? vmax(load(most + d), v) : v);
       }
     }
     for (int d = 0; d < D; d += W) {
@@ -217,8 +182,7 @@ void encode_units(const Dense& x, int bits, int unit, int64_t begin, int64_t end
       store(z + d, steps.z);
     }
     for (int t = 0; t < unit; ++t) {
-      if (unit > tile && t % tile == 0) rows = float_rows(x, u * unit + t, unit - t < tile ? unit - t : tile, copy);
-      const float* row = rows.row(unit > tile ? t % tile : t);
+      const float* row = float_row(x, u * unit + t, copy);
       for (int d = 0; d < D; d += W) store(codes + d, codes_of(load(row + d), load(s + d), load(z + d), levels));
       pack_row(codes, D, bits, to.codes + (u * unit + t) * bytes);
     }

@@ -138,9 +138,9 @@ std::vector<kvbudget::Moved> moved(const nb::list& columns) {
   return made;
 }
 
-// (flags, stride, begins, unit)
+// (flags, stride, width, begins, unit)
 kvbudget::Mask mask(const nb::tuple& t) {
-  return {address(t[0]), nb::cast<int64_t>(t[1]), nb::cast<Integers>(t[2]), nb::cast<int64_t>(t[3])};
+  return {address(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<Integers>(t[3]), nb::cast<int64_t>(t[4])};
 }
 
 void scatter(const nb::list& columns, const Integers& begins, const Integers& counts) {

@@ -151,13 +151,13 @@ bool count_kept(const Mask& mask, const Integers& lengths, Integers& counts) {
   for (size_t r = 0; r < lengths.size(); ++r) {
     const uint8_t* cells = row_of(mask, r);
     const int64_t flags = lengths[r] * mask.unit;
-    if (flags + (mask.begins.empty() ? 0 : mask.begins[r]) > mask.stride) return false;
+    if (flags + (mask.begins.empty() ? 0 : mask.begins[r]) > mask.width) return false;
     int64_t set = 0;
     for (int64_t t = 0; t < flags; ++t) set += cells[t];
     counts[r] = set / mask.unit;
     for (int64_t t = 0; mask.unit > 1 && t < flags; ++t)
       if (cells[t] != cells[t / mask.unit * mask.unit]) return false;
-    if (mask.begins.empty() && next(cells, flags, mask.stride, 1, true) < mask.stride) return false;
+    if (mask.begins.empty() && next(cells, flags, mask.width, 1, true) < mask.width) return false;
   }
   return true;
 }

@@ -13,7 +13,7 @@ using Integers = std::vector<int64_t>;
 // their last ones, but for padding that nothing selects.
 struct Mask {
   const uint8_t* cells;  // 0 or 1; null: all cells stay
-  int64_t stride;
+  int64_t stride, width;
   Integers begins;
   int64_t unit;
 };

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
@@ -37,6 +36,5 @@ class WindowAttention(Scorer):
         view.add_mass("votes", self.window, decay, self.reduction)
 
     def score(self, view: View) -> Tensor:
-        seen = torch.tensor(view.seen, device=view.positions.device)[:, None, None]
-        judged = view.positions < seen - self.window
-        return pool(view.state("votes").masked_fill(~judged, 0.0), self.kernel, self.pooling)
+        newest = view.positions >= view.age - self.window
+        return pool(view.state("votes").masked_fill(newest, 0.0), self.kernel, self.pooling)
