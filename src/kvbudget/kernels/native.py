@@ -234,8 +234,8 @@ class Lane:
         ``keep`` keeps the logits for `accumulate`. With ``apart``, the positions as int32 ``[R]``, the new entries are not
         stored, but attended to.
         """
-        at = (query.data_ptr(), key.data_ptr(), value.data_ptr(), self.kind, out.data_ptr(), lse.data_ptr())
-        at = (*at, 0 if apart is None else apart.data_ptr())
+        news, answers = (query.data_ptr(), key.data_ptr(), value.data_ptr()), (out.data_ptr(), lse.data_ptr())
+        at = (*news, self.kind, *answers, 0 if apart is None else apart.data_ptr())
         threads = torch.get_num_threads()
         return self.handle.step(at, held, positions, scale, softcap or 0.0, window or 0, keep, threads)
 

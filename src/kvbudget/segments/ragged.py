@@ -281,7 +281,7 @@ class RaggedTable:
                 self.columns[name] = column
         if after.capacities != self.capacities:
             self.columns.version = object()  # addresses hold, but rows begin elsewhere
-        self.starts, self.lengths, self.capacities = after
+        self.starts, self.lengths, self.capacities = list(after.starts), list(lengths), list(capacities)
         self.borrowed.clear()
 
     def _moved(
