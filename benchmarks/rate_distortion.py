@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--budget", default=None, help="for policies that evict, such as 2MiB; none by default")
-    parser.add_argument("--policies", default="", help="joined by ;, instead of all codecs; 'measured': those that all texts have been through")
+    parser.add_argument(
+        "--policies",
+        default="",
+        help="joined by ;, instead of all codecs; 'measured': those that all texts have been through",
+    )
     parser.add_argument("--results", type=Path, default=Path("results/rate_distortion.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("docs/rate_distortion.png"))
     parser.add_argument("--table", type=Path, default=Path("docs/rate_distortion.md"))
@@ -135,9 +139,8 @@ def page(lines: list[dict], setting: dict, figure: Path) -> str:
             "",
             f"{texts} texts of {setting['source']}: {setting['context']} tokens in the cache, coded once, and the "
             f"{setting['continuation']} that follow. True bits",
-            "per element are those stored for keys and values: codes, scales, what rows keep, and tails and first entries at 16",
-            "bits.",
-            "KL to the full cache in nats, geometric mean over texts with a 95% bootstrap interval over them.",
+            "per element are those stored for keys and values: codes, scales, what rows keep, and tails and first entries in 16",
+            "bits. KL to the full cache in nats, geometric mean over texts with a 95% bootstrap interval over them.",
             "",
             f"![KL against bits]({figure.name})",
             "",
