@@ -139,9 +139,8 @@ def page(lines: list[dict], setting: dict, figure: Path) -> str:
             "",
             f"{texts} texts of {setting['source']}: {setting['context']} tokens in the cache, coded once, and the "
             f"{setting['continuation']} that follow. True bits",
-            "per element are those stored for keys and values: codes, scales, what rows keep, and tails and first entries at 16",
-            "bits.",
-            "KL to the full cache in nats, geometric mean over texts with a 95% bootstrap interval over them.",
+            "per element are those stored for keys and values: codes, scales, what rows keep, and tails and first entries in 16",
+            "bits. KL to the full cache in nats, geometric mean over texts with a 95% bootstrap interval over them.",
             "",
             f"![KL against bits]({figure.name})",
             "",

@@ -30,16 +30,6 @@ def test_eight_bits_and_more_are_next_to_the_full_cache(text, policy, kl):
     assert measure(text[0], text[1], policy, *text[2:])[1].kl_mean < kl
 
 
-def test_eight_bits_are_next_to_the_full_cache_in_the_checkpoints_own_format():
-    model, tokenizer = kvbudget.load("smollm2-135m", dtype="auto")
-    assert model.dtype is torch.bfloat16
-    (ids,) = passages(tokenizer, 256 + 64, 1)
-    recording, continuation = record(model, ids[None, :256]), ids[None, 256:]
-    whole = replay(recording, kvbudget.KVCache(model, "full"))
-    full = continuation_logits(model, whole, recording.logits, continuation)
-    assert measure(model, recording, "int8", continuation, full)[1].kl_mean < 1e-3
-
-
 def test_four_bits_of_kivi_lose_less_than_a_fiftieth_of_a_nat(text):
     assert abs(measure(text[0], text[1], "kivi(bits=4)", *text[2:])[1].nll_rise) < 0.02
 
