@@ -152,7 +152,7 @@ class KVCache(Cache):
         self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
         self.enforcer.check()
         self.question_visible: bool | None = None
-        self.recording = False
+        self._record(False)
         self.broken: str | None = None
         self.probing: Any = None
         self.peak_bytes = 0
@@ -358,8 +358,8 @@ class KVCache(Cache):
 
     def _record(self, active: bool) -> None:
         self.recording = active
-        for store in self.stores:
-            store.spills = not active
+        for store in self.enforcer.layers:
+            store.spills = not active and self.parts.layers is None
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
                 layer.record_past = active
@@ -468,7 +468,8 @@ class KVCache(Cache):
                 self.layers[index] = LinearAttentionLayer()
         self.enforcer.reset()
         self._recorded, self._gaps, self._valid, self.trail = {}, False, None, None
-        self.broken, self.recording, self.peak_bytes, self.prefilled = None, False, 0, None
+        self.broken, self.peak_bytes, self.prefilled = None, 0, None
+        self._record(False)
 
     # -- what the user calls -------------------------------------------------------------------------------------------
 

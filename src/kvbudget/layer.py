@@ -65,7 +65,8 @@ class LayerCache:
     ``depth`` runs from 0 in the first budgeted layer to 1 in the last. A ``selector`` says what queries read of the entries
     held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice. While ``spills``,
-    a token that finds the rows full may stay in a segment of its own until the eviction that follows.
+    a token that finds the rows full may stay in a segment of its own until the eviction that follows: where shares of layers
+    move, none may follow.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class LayerCache:
         self.hard = False
         self.page = 1
         self.paged: list[int] = []
-        self.spills = True
+        self.spills = False
         self._lane: Lane | None = None
         self._fresh = False
 

@@ -96,6 +96,7 @@ def test_a_token_that_finds_no_room_waits_until_another_has_left(monkeypatch: py
     for layer in layers:
         layer.evict(torch.ones(BATCH * HEADS, 12, dtype=torch.bool))
         layer.set_capacity([12 * HEADS] * BATCH)
+        layer.spills = True
     address = layers[0].main[0].meta.columns["key"].data_ptr()
     for step in range(8):
         leaving = torch.randint(13, (BATCH * HEADS, 1)) if step < 7 else torch.full((BATCH * HEADS, 1), 12)
