@@ -41,12 +41,12 @@ class Neighbors(Selector):
         old = visible & (age >= self.window) & (age < self.window + self.cache) & (number > self.sinks)
         states = layer_norm(reading.values, reading.values.shape[-1:])
         own = (visible & (age == 0)).float().argmax(-1)
-        found = torch.zeros_like(visible)
-        for back in range(self.context):
+        found, held = torch.zeros_like(visible), visible.shape[-1]
+        for back in range(min(self.context, held)):
             asked = states.gather(2, (own - back).clamp_min(0)[..., None].expand(-1, -1, -1, states.shape[-1]))
             found |= self._nearest(asked, states, old)
         follower = found
-        for _ in range(self.followers - 1):
+        for _ in range(min(self.followers, held) - 1):
             follower = torch.nn.functional.pad(follower[..., :-1], (1, 0))
             found = found | follower
         read = visible & (found | (age < self.window) | (number <= self.sinks))
