@@ -110,7 +110,7 @@ def make_press(name, options, ratio):
     filters = options.pop("q_filters", None)
     press = getattr(kvpress, inner or outer)(compression_ratio=ratio, **options)
     if filters is not None:
-        press.q_filters = torch.tensor(filters)
+        press.q_filters = -torch.tensor(filters)  # it keeps the keys that project least
         press.post_init_from_model = lambda model: None
     return getattr(kvpress, outer)(press) if inner else press
 
