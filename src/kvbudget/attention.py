@@ -93,7 +93,7 @@ def attention_function(
     ``query [B, Hq, n, D]``; key and value are handles of a `KVCache`, or tensors ``[B, Hkv, T, D]`` of any other cache.
     Returns ``[B, n, Hq, Dv]`` and no weights.
     """
-    if not isinstance(key, LayerHandle):
+    if type(key) is not LayerHandle:
         assert not isinstance(attention_mask, LazyMask)
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ FEW_TOKENS = 8
 WINDOW_OVERRUN = 64
 # What a fork adds beside the entries that it shares grows by this many at a time, so that many short answers stay small.
 FORK_STEP = 16
+
+
+Number = TypeVar("Number", int, float)
 
 
 class RotatesKeys(Protocol):
@@ -106,6 +109,7 @@ class LayerCache:
         self.spills = False
         self._lane: Lane | None = None
         self._fresh = False
+        self._rest = 0
 
     @property
     def batch_size(self) -> int:
@@ -132,7 +136,8 @@ class LayerCache:
     @property
     def longest(self) -> int:
         """Entries of the longest row that the policy may evict from."""
-        return max(self._main_lengths(), default=0)
+        main = self.main
+        return max(main[0].meta.lengths) if len(main) == 1 else max(self._main_lengths(), default=0)
 
     def start(self, batch_size: int) -> None:
         """Fixes the batch size of an empty layer."""
@@ -168,21 +173,33 @@ class LayerCache:
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         """One token by the prepared lane; None, with nothing done, where that cannot be."""
-        segments = self.front + self.main
-        if call.sink is not None or self.shift is not None or len(self.seen) != call.query.shape[0] or not self.main:
+        if call.sink is not None or self.shift is not None or not self.main or len(self.seen) != call.query.shape[0]:
             return None
-        lane = self._lane
-        if lane is None or not lane.fits(segments):
+        segments, lane = self.front + self.main, self._lane
+        if lane is not None:
+            if lane.segments != segments:
+                lane = None
+            else:
+                for table, version in lane.versions:
+                    if table.columns.version is not version:
+                        lane = None
+                        break
+        if lane is None:
+            wanted = self._lane is not None and self._lane.wanted
             group = call.query.shape[1] // self.num_kv_heads
-            lane = self._lane = Lane(segments, len(self.front), group, lane is not None and lane.wanted)
-        seen = self._per_row(self.seen)
+            lane = self._lane = Lane(segments, len(self.front), group, wanted)
         spill = self.spills and len(self.main) == 1 and self.window is None and not self.apart
-        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window, spill=spill)
+        answer = lane.step(
+            call.query, call.key, call.value, self.seen, call.scale, call.softcap, call.window, spill=spill
+        )
+        if answer is None:
+            return None
         if lane.spilled is not None:
             self.main.append(lane.spilled)
-        if answer is not None:
-            self.seen = [n + 1 for n in self.seen]
-            self._fresh = True
+            self._rest = 0
+        self.seen = [n + 1 for n in self.seen]
+        self._fresh = True
+        self._rest -= 1
         return answer
 
     def _leave_lane(self) -> None:
@@ -226,6 +243,7 @@ class LayerCache:
         ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
         """
         batch, heads, n = key.shape[:3]
+        self._rest = -1
         if not self.seen:
             self.start(batch)
         segment = self.main[-1].branch(self.hard) if self.main else self.make_segment(self.num_rows)
@@ -264,6 +282,8 @@ class LayerCache:
 
         ``asked`` are its queries, for codecs that look at them.
         """
+        if self._fresh and self._rest >= 0:
+            return
         if self.window is not None:
             self._slide()
         for segment in self.segments:
@@ -271,6 +291,9 @@ class LayerCache:
         self._leave_lane()
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
+        # So many tokens by the lane leave nothing to be done.
+        still = self.page == 1 and self.window is None
+        self._rest = min((segment.rest for segment in self.segments), default=0) if still else 0
 
     def masses(
         self, query: Tensor, lse: Tensor, like: object, *, summed: bool = True
@@ -297,16 +320,16 @@ class LayerCache:
     def add_mass(
         self, name: str, query: Tensor, lse: Tensor, like: object, decay: Sequence[float], factor: float
     ) -> None:
-        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``."""
-        if (
-            query.shape[2] == 1
-            and self._fresh
-            and self._lane is not None
-            and self._lane.accumulate(name, decay, factor)
-        ):
+        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``.
+
+        ``decay`` has one number per sequence or per row.
+        """
+        lane = self._lane
+        if self._fresh and query.shape[2] == 1 and lane is not None and lane.accumulate(name, decay, factor):
             return
+        each = decay if len(decay) == self.num_rows else self._per_row(decay)
         for segment, rows in self.masses(query, lse, like):
-            segment.add_to_state(name, rows, decay, factor)
+            segment.add_to_state(name, rows, each, factor)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
@@ -325,7 +348,7 @@ class LayerCache:
 
     def evict(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
-        begin = 0
+        begin, self._rest = 0, -1
         before = self._main_lengths()
         moves = self._moves(keep) if self.moving else None
         absorber = len(self.main) - 1 - len(self._trail())
@@ -476,14 +499,14 @@ class LayerCache:
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
         other.statistics = dict(self.statistics)
-        other._lane, other._fresh = None, False
+        other._lane, other._fresh, other._rest = None, False, 0
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without a lane, which holds addresses."""
-        return self.__dict__ | {"_lane": None, "_fresh": False}
+        return self.__dict__ | {"_lane": None, "_fresh": False, "_rest": 0}
 
     def check_integrity(self) -> None:
         """Raises AssertionError when segments, lengths or positions disagree."""
@@ -591,7 +614,7 @@ class LayerCache:
             self.main = self.main[: len(self.main) - len(trail)]
             self.main[-1].absorb(trail, spare)
 
-    def _per_row(self, values: Sequence[int]) -> list[int]:
+    def _per_row(self, values: Sequence[Number]) -> list[Number]:
         """Numbers of the sequences, repeated for their KV heads."""
         return [value for value in values for _ in range(self.num_kv_heads)]
 

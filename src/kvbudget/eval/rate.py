@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec
 from kvbudget.errors import KVBudgetError, PolicyError
 from kvbudget.eval.fidelity import Fidelity, compare_logits, continuation_logits

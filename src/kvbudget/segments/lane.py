@@ -27,33 +27,33 @@ class Lane:
     def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
         found = [segment.sides() for segment in segments]
         sides = [pair for pair in found if pair is not None]
-        self.segments, self.main = segments, segments[front:]
-        self.front = front
+        self.segments, self.front = segments, front
         self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
         self.handle = None
         self.kept, self.wanted = False, wanted
         self.spilled: DenseSegment | None = None
         if len(sides) < len(segments):
             return
-        self.held = [(k.cells, v.cells, s.meta) for s, (k, v) in zip(segments, sides, strict=True)]
         newest = segments[-1].meta
         key, value = sides[-1]
-        self.grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
+        grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
         self.dtype = key.tail.data.dtype
         self.width = value.tail.data.shape[-1]
-        if value.tail.data.dtype is not self.dtype:
+        if value.tail.data.dtype is not self.dtype or any(table.borrowed for table in grown):
             return
-        states = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
-        portions = [
-            (k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"])
-            for segment, (k, v) in zip(segments, sides, strict=True)
-        ]
+        zeroed = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
+        portions, held = [], []
+        for segment, (k, v) in zip(segments, sides, strict=True):
+            portions.append((k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"]))
+            held.append((k.cells, v.cells, segment.meta))
         room = (newest.capacities, key.table.capacities, value.table.capacities)
-        self.handle = kernels.lane(newest.num_rows, queries, portions, room, states, self.dtype)
-
-    def fits(self, segments: list[Segment]) -> bool:
-        """Whether these are its segments, and every storage is where it was."""
-        return segments == self.segments and all(table.columns.version is version for table, version in self.versions)
+        self.handle = kernels.lane(newest.num_rows, queries, portions, held, grown, room, zeroed, self.dtype)
+        main = [segment.meta for segment in segments[front:]]
+        self.states = {
+            name: [table.columns[name].data_ptr() for table in main]
+            for name in newest.columns
+            if all(name in table.columns and name not in table.borrowed for table in main)
+        }
 
     def step(
         self,
@@ -69,33 +69,27 @@ class Lane:
     ) -> tuple[Tensor, Tensor] | None:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
-        ``seen`` are the positions of the new entries per row. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
+        ``seen`` are the positions of the new entries per sequence. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
         ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot. With ``spill``, entries that find no room are
         ``spilled`` after the call.
         """
         self.kept, self.spilled = False, None
-        if self.handle is None or not query.dtype is key.dtype is value.dtype is self.dtype:
+        handle, wanted = self.handle, self.wanted
+        if handle is None:
             return None
-        if not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous()):
-            return None
-        for table in self.grown:
-            if table.borrowed:
-                return None
         batch, heads = query.shape[:2]
         out = torch.empty(batch, heads, 1, self.width, dtype=self.dtype)
         lse = torch.empty(batch, heads, 1)
-        held = [
-            (() if k is None else k.lengths, () if v is None else v.lengths, meta.lengths) for k, v, meta in self.held
-        ]
-        spilled = self._apart(key, value, seen) if spill else None
-        apart = None if spilled is None else spilled.meta.columns["position"]
-        if not self.handle.step(query, key, value, held, seen, scale, softcap, window, out, lse, self.wanted, apart):
-            return None
-        if spilled is None:
-            for table in self.grown:
-                table.lengths = [n + 1 for n in table.lengths]
-        self.spilled = spilled
-        self.kept = self.wanted
+        threads = torch.get_num_threads()
+        if not handle.step(query, key, value, seen, scale, softcap, window, out, lse, wanted, 0, threads):
+            apart = self._apart(key, value, seen) if spill else None
+            if apart is None:
+                return None
+            positions = apart.meta.columns["position"].data_ptr()
+            if not handle.step(query, key, value, seen, scale, softcap, window, out, lse, wanted, positions, threads):
+                return None
+            self.spilled = apart
+        self.kept = wanted
         return out, lse
 
     def _apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
@@ -107,8 +101,8 @@ class Lane:
         if all(n < max(c, most) for n, c, most in zip(table.lengths, table.capacities, table.limits, strict=True)):
             return None
         rows = table.num_rows
-        fresh = {"key": key.view(rows, -1).clone(), "value": value.view(rows, -1).clone()}
-        fresh["position"] = torch.tensor(seen, dtype=torch.int32)
+        fresh = {"key": key.reshape(rows, -1).clone(), "value": value.reshape(rows, -1).clone()}
+        fresh["position"] = torch.tensor(seen, dtype=torch.int32).repeat_interleave(rows // len(seen))
         segment = DenseSegment(rows)
         columns = {name: fresh[name] if name in fresh else torch.zeros(rows) for name in table.columns}
         segment.meta = RaggedTable.of(columns, [1] * rows)
@@ -117,12 +111,13 @@ class Lane:
     def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:
         """Adds the attention mass of the last step to a state column, as `Segment.add_to_state` does; False where it cannot.
 
-        The first time it only takes note, so that later steps keep their logits.
+        ``decay`` has one number per sequence or per row. The first time it only takes note, so that later steps keep their
+        logits.
         """
         self.wanted = True
-        if not self.kept or self.handle is None:
+        if not self.kept or self.handle is None or name not in self.states:
             return False
-        segments = self.main if self.spilled is None else [*self.main, self.spilled]
-        if any(name not in segment.meta.columns or name in segment.meta.borrowed for segment in segments):
-            return False
-        return self.handle.accumulate(self.front, [s.meta.columns[name] for s in segments], decay, factor)
+        states = self.states[name]
+        if self.spilled is not None:
+            states = [*states, self.spilled.meta.columns[name].data_ptr()]
+        return self.handle.accumulate(self.front, states, decay, factor, torch.get_num_threads())

@@ -56,6 +56,10 @@ class QuantizedSegment(Segment):
         self.key.seal(asked, salience)
         self.value.seal(asked, salience)
 
+    @property
+    def rest(self) -> int:
+        return min(self.key.rest, self.value.rest)
+
     def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
         query = self._balanced(query)
         partials = []

@@ -249,6 +249,7 @@ class RaggedTable:
         other.lengths, other.capacities, other.starts = list(self.lengths), list(self.capacities), list(self.starts)
         other.columns, other.limits = Columns(self.columns), None if self.limits is None else list(self.limits)
         self.borrowed, other.borrowed = set(self.columns), set(self.columns)
+        self.columns.version = object()  # addresses hold, but nothing may be written there
         return other
 
     def check_integrity(self) -> None:

@@ -74,6 +74,12 @@ class CodecStore:
             due.append(max(0, over) // codec.lump * codec.lump)
         return due
 
+    @property
+    def rest(self) -> int:
+        """As `Segment.rest`."""
+        codec = self.codec
+        return max(0, codec.lump + (0 if codec.cyclic else codec.residual) - 1 - self.tail.longest)
+
     def seal(self, asked: Asked | None = None, salience: Tensor | None = None) -> None:
         """Encodes what is `due`; ``salience`` is that of these entries, flat in row order."""
         codec = self.codec

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
 from kvbudget.layer import LayerCache
 from kvbudget.prefill import Prefilled
 from kvbudget.segments.base import Segment

@@ -191,10 +191,72 @@ void side(const nb::tuple& t, kvbudget::Side& x) {
   if (tail.size()) x.tail = operand(tail, x.tail_lists);
 }
 
-// portions: (key side, value side, starts, positions) per segment; room: entries, key tail and value tail cells per row of the
-// last segment; zeroed: addresses of its columns that begin with zero.
-kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Integers& entries, const Integers& keys,
-                     const Integers& values, const std::vector<uintptr_t>& zeroed) {
+PyObject* named(const char* name) { return PyUnicode_InternFromString(name); }
+
+nb::object call(const nb::handle& x, PyObject* method) {
+  PyObject* found = PyObject_CallMethodNoArgs(x.ptr(), method);
+  if (!found) throw nb::python_error();
+  return nb::steal(found);
+}
+
+nb::object member(const nb::handle& x, PyObject* name) {
+  PyObject* found = PyObject_GetAttr(x.ptr(), name);
+  if (!found) throw nb::python_error();
+  return nb::steal(found);
+}
+
+const uint8_t* data_of(const nb::handle& tensor) {
+  static PyObject* const name = named("data_ptr");
+  return address(call(tensor, name));
+}
+
+// Whether the elements of a tensor lie one behind the other, in this dtype.
+bool plain(const nb::handle& tensor, const nb::object& dtype) {
+  static PyObject *const type = named("dtype"), *const contiguous = named("is_contiguous");
+  return member(tensor, type).is(dtype) && call(tensor, contiguous).is(nb::handle(Py_True));
+}
+
+// A lane, and the tables (RaggedTable) whose `lengths` it reads at every step: of each segment sealed key cells and sealed value
+// cells, or None, and entries. Those in `grown` are one entry longer in each row after a step.
+struct Bound {
+  struct Held {
+    nb::object keys, values, entries;
+  };
+  kvbudget::Lane lane;
+  std::vector<Held> held;
+  std::vector<nb::object> grown;
+  nb::object dtype;
+  kvbudget::Type type;
+
+  static Integers lengths(const nb::object& table) {
+    static PyObject* const name = named("lengths");
+    return table.is_none() ? Integers() : nb::cast<Integers>(member(table, name));
+  }
+
+  void read() {
+    for (size_t i = 0; i < held.size(); ++i) {
+      kvbudget::Portion& p = lane.portions[i];
+      p.lengths = lengths(held[i].entries);
+      p.key_cells = lengths(held[i].keys);
+      p.value_cells = lengths(held[i].values);
+      p.key_cells.resize(p.lengths.size());
+      p.value_cells.resize(p.lengths.size());
+    }
+  }
+
+  void grow() {
+    for (const nb::object& table : grown) {
+      Integers longer = lengths(table);
+      for (int64_t& n : longer) ++n;
+      table.attr("lengths") = longer;
+    }
+  }
+};
+
+// portions: (key side, value side, starts, positions) per segment; held: its three tables; room: capacities per row of the last
+// segment's entries, key tail and value tail; zeroed: addresses of its columns that begin with zero.
+Bound* lane(int rows, int queries, const nb::list& portions, const nb::list& held, const nb::list& grown, const nb::tuple& room,
+            const std::vector<uintptr_t>& zeroed, nb::object dtype, int type) {
   std::vector<kvbudget::Portion> made;
   for (const nb::handle item : portions) {
     const nb::tuple t = nb::cast<nb::tuple>(item);
@@ -204,39 +266,61 @@ kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Inte
     p.starts = nb::cast<Integers>(t[2]);
     p.positions = address(t[3]);
   }
-  kvbudget::Room room{entries, keys, values, {}};
-  for (const uintptr_t column : zeroed) room.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
-  return new kvbudget::Lane(rows, queries, std::move(made), std::move(room));
-}
-
-// held: (sealed key cells, sealed value cells, entries) per segment, each a list per row or () for none at all.
-// tensors: (query, key, value, type, out, lse or 0, positions as int32 where the new entries are not to be stored, else 0).
-bool lane_step(kvbudget::Lane& lane, const nb::tuple& tensors, const nb::list& held, const Integers& positions, float scale,
-               float softcap, int64_t window, bool keep_logits, int threads) {
-  if (held.size() != lane.portions.size()) throw std::invalid_argument("as many segments as the lane was made for are needed");
-  for (size_t i = 0; i < held.size(); ++i) {
-    const nb::tuple t = nb::cast<nb::tuple>(held[i]);
-    kvbudget::Portion& p = lane.portions[i];
-    p.key_cells = nb::cast<Integers>(t[0]);
-    p.value_cells = nb::cast<Integers>(t[1]);
-    p.lengths = nb::cast<Integers>(t[2]);
-    p.key_cells.resize(p.lengths.size());
-    p.value_cells.resize(p.lengths.size());
+  kvbudget::Room space{nb::cast<Integers>(room[0]), nb::cast<Integers>(room[1]), nb::cast<Integers>(room[2]), {}};
+  for (const uintptr_t column : zeroed) space.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
+  Bound* bound = new Bound{{rows, queries, std::move(made), std::move(space)}, {}, {}, std::move(dtype),
+                           static_cast<kvbudget::Type>(type)};
+  for (const nb::handle item : held) {
+    const nb::tuple t = nb::cast<nb::tuple>(item);
+    bound->held.push_back({t[0], t[1], t[2]});
   }
-  const kvbudget::Step step{address(tensors[0]), address(tensors[1]), address(tensors[2]),
-                            static_cast<kvbudget::Type>(nb::cast<int>(tensors[3])), scale, softcap, window, positions,
-                            address(tensors[6]), reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(tensors[4])),
-                            reinterpret_cast<float*>(nb::cast<uintptr_t>(tensors[5])), keep_logits};
-  nb::gil_scoped_release release;
-  return lane.step(*kernels, step, threads);
+  for (const nb::handle table : grown) bound->grown.push_back(nb::borrow(table));
+  return bound;
 }
 
-bool lane_accumulate(const kvbudget::Lane& lane, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
+// query, key, value, out and lse are tensors; seen: positions of the new entries, per sequence; apart: the address of these as
+// int32 per row where the new entries are not to be stored, else 0. False, with nothing done, where the tensors are others than the
+// lane was made for, or a row has no room.
+bool lane_step(Bound& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const Integers& seen,
+               float scale, std::optional<float> softcap, std::optional<int64_t> window, const nb::handle& out,
+               const nb::handle& lse, bool keep_logits, uintptr_t apart, int threads) {
+  if (!plain(query, bound.dtype) || !plain(key, bound.dtype) || !plain(value, bound.dtype)) return false;
+  bound.read();
+  const size_t rows = bound.lane.portions.back().lengths.size();
+  if (seen.empty() || rows % seen.size()) throw std::invalid_argument("one position per sequence is needed");
+  Integers positions(rows);
+  for (size_t r = 0; r < rows; ++r) positions[r] = seen[r * seen.size() / rows];
+  const kvbudget::Step step{data_of(query),
+                            data_of(key),
+                            data_of(value),
+                            bound.type,
+                            scale,
+                            softcap.value_or(0.0f),
+                            window.value_or(0),
+                            std::move(positions),
+                            reinterpret_cast<const uint8_t*>(apart),
+                            const_cast<uint8_t*>(data_of(out)),
+                            reinterpret_cast<float*>(const_cast<uint8_t*>(data_of(lse))),
+                            keep_logits};
+  {
+    nb::gil_scoped_release release;
+    if (!bound.lane.step(*kernels, step, threads)) return false;
+  }
+  if (!step.apart) bound.grow();
+  return true;
+}
+
+// decay: one number per sequence, or per row.
+bool lane_accumulate(const Bound& bound, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
                      float factor, int threads) {
   std::vector<float*> columns;
   for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
+  const size_t rows = bound.lane.portions.back().lengths.size();
+  if (decay.empty() || rows % decay.size()) throw std::invalid_argument("one decay per sequence or per row is needed");
+  std::vector<float> each(rows);
+  for (size_t r = 0; r < rows; ++r) each[r] = decay[r * decay.size() / rows];
   nb::gil_scoped_release release;
-  return lane.accumulate(*kernels, static_cast<size_t>(first), columns, decay, factor, threads);
+  return bound.lane.accumulate(*kernels, static_cast<size_t>(first), columns, each, factor, threads);
 }
 
 bool use(const std::string& name) {
@@ -258,7 +342,7 @@ NB_MODULE(_native, m) {
   m.def("count_kept", &count_kept);
   m.def("compact", &compact);
   m.def("select", &select_best);
-  nb::class_<kvbudget::Lane>(m, "Lane")
+  nb::class_<Bound>(m, "Lane")
       .def(nb::new_(&lane))
       .def("step", &lane_step)
       .def("accumulate", &lane_accumulate);
