@@ -35,6 +35,8 @@ class AttentionLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
+    is_initialized = True
+
     def __init__(self, cache: Attending, index: int, store: LayerCache, *, sliding: bool) -> None:
         super().__init__()
         self.cache, self.index, self.store = cache, index, store
@@ -46,12 +48,10 @@ class AttentionLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage comes with the first entries."""
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Hands the new keys and values on to the attention function."""
-        self.is_initialized = True
-        handle = LayerHandle(self.cache, self.index, key_states, value_states)
+        handle = LayerHandle((self.cache, self, key_states, value_states))
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -80,7 +80,8 @@ class Attending(Cache):
     """The part of a `kvbudget.KVCache` that the attention function calls.
 
     ``broken`` says in which layer a forward is under way, or stopped. While ``recording`` (speculation), statistics and
-    evictions wait in ``_recorded``; ``probing`` watches extra passes of a plan, whose tokens are not held.
+    evictions wait in ``_recorded``; ``probing`` watches extra passes of a plan, whose tokens are not held. ``stepping`` says
+    that a forward of one plain token is under way, which `step` serves in the layers between the first and the last.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Attending(Cache):
     ) -> None:
         super().__init__(layers=layers)
         self.policy, self.parts, self.enforcer = policy, parts, enforcer
-        self.recording = False
+        self.recording = self.stepping = False
         self.broken: str | None = None
         self.probing: Callable[[int, AttentionCall, Tensor, Tensor], None] | None = None
         self.prefilled: Prefilled | None = None
@@ -117,7 +118,32 @@ class Attending(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Hands a layer's new keys and values on to the attention function."""
-        return self.layers[layer_idx].update(key_states, value_states)
+        handle = LayerHandle((self, self.layers[layer_idx], key_states, value_states))
+        return handle, handle
+
+    def step(
+        self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor | None:
+        """`attend` by the shortest way, for one token ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``; None where there is none."""
+        if layer.index == self._last:
+            return None
+        store = layer.store
+        self.broken = layer.label
+        answer = store.step(query, key, value, scale, softcap)
+        if answer is None:
+            return None
+        layer.columns += 1
+        if layer.at is not None and self.enforcer.watches:
+            queries = Queries(query, answer[1], scale, softcap)
+            if torch.is_inference_mode_enabled():
+                self.enforcer.after_attention(layer.at, View(store, queries))
+            else:
+                with torch.inference_mode():
+                    self.enforcer.after_attention(layer.at, View(store, queries))
+        elif store.rest < 0:
+            with torch.inference_mode():
+                self._finish(layer, None)
+        return answer[0]
 
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
@@ -251,6 +277,8 @@ class Attending(Cache):
             self.enforcer.admit(counts)
             self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
         self._valid, self._survivors = valid, None
+        plain = new == 1 and valid is None and self.probing is None
+        self.stepping = plain and not (self._special or self.recording)
         if self.parts.sharing is not None:
             self._calls, self._ready = {}, {}
             self._due = [store.layer_idx for store in self.stores]
@@ -259,6 +287,7 @@ class Attending(Cache):
         if self._last == len(self.layers) - 1:
             self.broken = None
         self._valid = self._survivors = None
+        self.stepping = False
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 NAME = "kvbudget"
 
 
-class LayerHandle:
-    """Travels through the model in place of a layer's key and value; only our attention function may open it."""
+class LayerHandle(tuple):
+    """Travels through the model in place of a layer's key and value; only our attention function may open it.
 
-    __slots__ = ("cache", "index", "key", "value")
+    It holds ``(cache, layer, key, value)``: the cache, its layer, and the new keys and values.
+    """
 
-    def __init__(self, cache: KVCache, index: int, key: Tensor, value: Tensor) -> None:
-        self.cache, self.index, self.key, self.value = cache, index, key, value
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> NoReturn:
         raise CacheError(
@@ -107,16 +107,14 @@ def attention_function(
             f"a ready-made mask of shape {tuple(attention_mask.shape)} cannot be used with a KVCache; "
             "pass the 2-D padding mask [batch, tokens] instead"
         )
-    call = AttentionCall(
-        query,
-        key.key,
-        key.value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        window=sliding_window,
-        sink=s_aux,
-    )
-    out = key.cache.attend(key.index, call, attention_mask, kwargs.get("position_ids"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache, layer, new_key, new_value = key
+    if cache.stepping and s_aux is None:
+        answer = cache.step(layer, query, new_key, new_value, scale, softcap)
+        if answer is not None:
+            return answer, None
+    call = AttentionCall(query, new_key, new_value, scale, softcap, sliding_window, s_aux)
+    out = cache.attend(layer.index, call, attention_mask, kwargs.get("position_ids"))
     return out.transpose(1, 2), None
 
 

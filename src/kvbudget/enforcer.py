@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -57,6 +58,8 @@ class Enforcer(Shares):
     def act(self, index: int, view: View) -> None:
         """What follows the statistics: the allocator's measurement, evictions and codecs."""
         layer, parts = self.layers[index], self.parts
+        if layer.rests:
+            return
         if parts.scorer is not None:
             acts = not (self.suspended or (parts.trigger.after_prefill and self.filled))
             if parts.layers is not None:
@@ -67,6 +70,21 @@ class Enforcer(Shares):
                 layer.set_capacity(None)
         if not self.suspended:
             layer.finish_forward(view.asked() if self._asks else None)
+        layer.rest = min(layer.rest, self._rest(layer))
+
+    def _rest(self, layer: LayerCache) -> int:
+        """How many more tokens of one step each leave a layer with nothing to be evicted, whatever is measured of it."""
+        parts, trigger = self.parts, self.parts.trigger
+        if self.suspended or self.declared or self.granted:
+            return 0
+        if parts.scorer is None or (trigger.after_prefill and self.filled):
+            return sys.maxsize
+        if not self._rests or parts.layers or parts.heads or parts.stages or trigger.after_prefill:
+            return 0
+        if self.budget.kind == "none":
+            return sys.maxsize
+        # A share of a text that is not over yet only grows.
+        return min(int(self._mean(b)) for b in range(layer.batch_size)) - layer.longest
 
     def _allocate(self, index: int, view: View, allocator: LayerAllocator, acts: bool) -> None:
         """The measurement of a layer and, where it ``acts``, the evictions that follow from it."""

@@ -24,6 +24,7 @@ FEW_TOKENS = 8
 WINDOW_OVERRUN = 64
 # What a fork adds beside the entries that it shares grows by this many at a time, so that many short answers stay small.
 FORK_STEP = 16
+_NEXT = (1).__add__
 
 
 Number = TypeVar("Number", int, float)
@@ -69,7 +70,7 @@ class LayerCache:
     held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice. While ``spills``,
     a token that finds the rows full may stay in a segment of its own until the eviction that follows: where shares of layers
-    move, none may follow.
+    move, none may follow. ``rest`` is how many more tokens by `step` leave nothing to be evicted or sealed.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class LayerCache:
         self.spills = False
         self._lane: Lane | None = None
         self._fresh = False
-        self._rest = 0
+        self.rest = 0
 
     @property
     def batch_size(self) -> int:
@@ -132,6 +133,11 @@ class LayerCache:
         """Entries per sequence and KV head that the policy may evict."""
         rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
         return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+
+    @property
+    def rests(self) -> bool:
+        """Whether the newest token came by `step` and leaves nothing to be evicted or sealed."""
+        return self._fresh and self.rest >= 0
 
     @property
     def longest(self) -> int:
@@ -172,41 +178,48 @@ class LayerCache:
         return out, lse
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        """One token by the prepared lane; None, with nothing done, where that cannot be."""
-        if call.sink is not None or self.shift is not None or not self.main or len(self.seen) != call.query.shape[0]:
+        """`forward` of one token as a `step`; None, with nothing done, where that cannot be."""
+        if call.sink is not None or call.face:
             return None
-        segments, lane = self.front + self.main, self._lane
-        if lane is not None:
-            if lane.segments != segments:
-                lane = None
-            else:
-                for table, version in lane.versions:
-                    if table.columns.version is not version:
-                        lane = None
-                        break
-        if lane is None:
-            wanted = self._lane is not None and self._lane.wanted
-            group = call.query.shape[1] // self.num_kv_heads
-            lane = self._lane = Lane(segments, len(self.front), group, wanted)
-        spill = self.spills and len(self.main) == 1 and self.window is None and not self.apart
-        answer = lane.step(
-            call.query, call.key, call.value, self.seen, call.scale, call.softcap, call.window, spill=spill
-        )
+        answer = self.step(call.query, call.key, call.value, call.scale, call.softcap)
+        return None if answer is None else (answer[0].transpose(1, 2), answer[1])
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """One token of each sequence by the prepared lane; None, with nothing done, where that cannot be.
+
+        Returns ``out [B, 1, Hq, Dv]``, heads behind the token, and ``lse [B, Hq, 1]`` float32.
+        """
+        lane, main, front, seen = self._lane, self.main, self.front, self.seen
+        if lane is None or lane.handle is None or lane.main != main or lane.front != front:
+            if self.shift is not None or self.selector is not None or self.reads is not None:
+                return None
+            if not main or len(seen) != query.shape[0]:
+                return None
+            if lane is None or lane.moved or lane.main != main or lane.front != front:
+                group = query.shape[1] // self.num_kv_heads
+                lane = self._lane = Lane(front, main, group, lane is not None and lane.wanted)
+            if lane.handle is None:
+                return None
+        answer = lane.step(query, key, value, seen, scale, softcap, self.window)
+        if answer is None and self.spills and len(main) == 1 and self.window is None and not self.apart:
+            answer = lane.step_apart(query, key, value, seen, scale, softcap)
         if answer is None:
             return None
+        self.rest -= 1
         if lane.spilled is not None:
             self.main.append(lane.spilled)
-            self._rest = 0
-        self.seen = [n + 1 for n in self.seen]
+            self.rest = -1
+        self.seen = list(map(_NEXT, seen))
         self._fresh = True
-        self._rest -= 1
         return answer
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
         if self._lane is not None:
             self._lane.spilled = None
-            if self._lane.segments != self.front + self.main:
+            if self._lane.main != self.main or self._lane.front != self.front:
                 self._lane = None
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
@@ -243,7 +256,7 @@ class LayerCache:
         ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
         """
         batch, heads, n = key.shape[:3]
-        self._rest = -1
+        self.rest = -1
         if not self.seen:
             self.start(batch)
         segment = self.main[-1].branch(self.hard) if self.main else self.make_segment(self.num_rows)
@@ -282,7 +295,7 @@ class LayerCache:
 
         ``asked`` are its queries, for codecs that look at them.
         """
-        if self._fresh and self._rest >= 0:
+        if self.rests:
             return
         if self.window is not None:
             self._slide()
@@ -291,9 +304,9 @@ class LayerCache:
         self._leave_lane()
         if self.page > 1:
             self.paged = [length // self.page * self.page for length in self._main_lengths()]
-        # So many tokens by the lane leave nothing to be done.
-        still = self.page == 1 and self.window is None
-        self._rest = min((segment.rest for segment in self.segments), default=0) if still else 0
+        self.rest = min((segment.rest for segment in self.segments), default=0) if self.page == 1 else 0
+        if self.window is not None:
+            self.rest = min(self.rest, self.window - 1 + WINDOW_OVERRUN - self.longest)
 
     def masses(
         self, query: Tensor, lse: Tensor, like: object, *, summed: bool = True
@@ -348,7 +361,7 @@ class LayerCache:
 
     def evict(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
-        begin, self._rest = 0, -1
+        begin, self.rest = 0, -1
         before = self._main_lengths()
         moves = self._moves(keep) if self.moving else None
         absorber = len(self.main) - 1 - len(self._trail())
@@ -479,7 +492,7 @@ class LayerCache:
 
     def select_sequences(self, index: Sequence[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]``."""
-        heads = self.num_kv_heads
+        heads, self.rest = self.num_kv_heads, -1
         rows = [b * heads + h for b in index for h in range(heads)]
         for segment in self.segments:
             segment.select_rows(rows)
@@ -499,14 +512,14 @@ class LayerCache:
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
         other.statistics = dict(self.statistics)
-        other._lane, other._fresh, other._rest = None, False, 0
+        other._lane, other._fresh, other.rest = None, False, 0
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without a lane, which holds addresses."""
-        return self.__dict__ | {"_lane": None, "_fresh": False, "_rest": 0}
+        return self.__dict__ | {"_lane": None, "_fresh": False, "rest": 0}
 
     def check_integrity(self) -> None:
         """Raises AssertionError when segments, lengths or positions disagree."""

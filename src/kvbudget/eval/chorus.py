@@ -24,6 +24,8 @@ class Chorus(Cache):
         CacheError: for models with recurrent layers.
     """
 
+    stepping = False
+
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self.members = [cache.fork() for cache in caches]
         layers = [copy.copy(layer) for layer in caches[0].layers]

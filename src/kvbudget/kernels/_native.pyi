@@ -46,11 +46,8 @@ class Lane:
         rows: int,
         queries: int,
         portions: list[tuple[Any, ...]],
-        held: list[tuple[Any, ...]],
-        grown: list[Any],
         room: tuple[Sequence[int], ...],
         zeroed: Sequence[int],
-        dtype: object,
         type: int,
     ) -> None: ...
     def step(
@@ -58,7 +55,10 @@ class Lane:
         query: object,
         key: object,
         value: object,
-        seen: Sequence[int],
+        dtype: object,
+        seen: list[int],
+        held: list[tuple[Any, ...]],
+        grown: list[Any],
         scale: float,
         softcap: float | None,
         window: int | None,

@@ -211,8 +211,6 @@ def lane(
     rows: int,
     queries: int,
     portions: Sequence[tuple[Any, ...]],
-    held: Sequence[tuple[Any, ...]],
-    grown: Sequence[Any],
     room: tuple[Sequence[int], ...],
     states: Sequence[Tensor],
     dtype: torch.dtype,
@@ -220,9 +218,8 @@ def lane(
     """The extension's prepared decode step (lane.h) of ``queries`` query heads per row; None where it cannot serve the segments.
 
     ``portions`` are ``((sealed, unit, tail) of keys, the same of values, starts of the entries, positions)`` per segment,
-    ``held`` the tables of its sealed key cells, sealed value cells (None: there are none) and entries; those in ``grown`` are
-    one entry longer after each step. ``room`` are the capacities per row of the last segment's entries, key tail and value
-    tail, ``states`` its float32 columns. What comes back holds addresses and no tensors.
+    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns. What
+    comes back holds addresses and no tensors.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -240,7 +237,7 @@ def lane(
     if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
         return None
     zeroed = [state.data_ptr() for state in states]
-    return _native.Lane(rows, queries, described, list(held), list(grown), room, zeroed, dtype, _TYPES[dtype])
+    return _native.Lane(rows, queries, described, room, zeroed, _TYPES[dtype])
 
 
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:

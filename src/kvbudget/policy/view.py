@@ -182,7 +182,8 @@ class View:
         of which the newest has the last.
         """
         queries, layer = self._asked(), self.layer
-        query, lse = queries.last(last)
+        one = queries.valid is None and queries.query.shape[2] == 1
+        query, lse = (queries.query, queries.lse) if one else queries.last(last)
         if weights is not None:
             lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // layer.num_kv_heads

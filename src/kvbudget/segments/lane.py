@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,87 +15,98 @@ from kvbudget.segments.ragged import RaggedTable
 
 
 class Lane:
-    """Appends one entry to every row of the last of ``segments`` and attends to all that they hold.
+    """Appends one entry to every row of the last of the ``main`` segments and attends to all that they hold.
 
-    It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front`` of
-    the segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where
-    the segments cannot be served, `step` says None until something moves, and whoever asks takes the longer way.
+    It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front``
+    segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where the
+    segments cannot be served, there is no ``handle``, and whoever asks takes the longer way until something has ``moved``.
 
     Where rows are as full as their limits allow, the last segment would move for one entry that is about to make another one
     leave: the new entries may then stay in a segment of their own, ``spilled``, for the eviction to join.
     """
 
-    def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
-        found = [segment.sides() for segment in segments]
-        sides = [pair for pair in found if pair is not None]
-        self.segments, self.front = segments, front
-        self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
-        self.handle = None
+    def __init__(self, front: Sequence[Segment], main: Sequence[Segment], queries: int, wanted: bool = False) -> None:
+        self.front, self.main = list(front), list(main)
+        self.handle: Any = None
+        self.moved = False
         self.kept, self.wanted = False, wanted
         self.spilled: DenseSegment | None = None
+        segments = [*front, *main]
+        for segment in segments:
+            for table in segment.tables():
+                table.columns.lane = self
+        found = [segment.sides() for segment in segments]
+        sides = [pair for pair in found if pair is not None]
         if len(sides) < len(segments):
             return
         newest = segments[-1].meta
         key, value = sides[-1]
-        grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
+        self.grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
         self.dtype = key.tail.data.dtype
         self.width = value.tail.data.shape[-1]
-        if value.tail.data.dtype is not self.dtype or any(table.borrowed for table in grown):
+        if value.tail.data.dtype is not self.dtype or any(table.borrowed for table in self.grown):
             return
         zeroed = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
-        portions, held = [], []
-        for segment, (k, v) in zip(segments, sides, strict=True):
-            portions.append((k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"]))
-            held.append((k.cells, v.cells, segment.meta))
+        self.held = [(k.cells, v.cells, segment.meta) for segment, (k, v) in zip(segments, sides, strict=True)]
+        portions = [
+            (k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"])
+            for segment, (k, v) in zip(segments, sides, strict=True)
+        ]
         room = (newest.capacities, key.table.capacities, value.table.capacities)
-        self.handle = kernels.lane(newest.num_rows, queries, portions, held, grown, room, zeroed, self.dtype)
-        main = [segment.meta for segment in segments[front:]]
+        self.handle = kernels.lane(newest.num_rows, queries, portions, room, zeroed, self.dtype)
+        tables = [segment.meta for segment in main]
         self.states = {
-            name: [table.columns[name].data_ptr() for table in main]
+            name: [table.columns[name].data_ptr() for table in tables]
             for name in newest.columns
-            if all(name in table.columns and name not in table.borrowed for table in main)
+            if all(name in table.columns and name not in table.borrowed for table in tables)
         }
+
+    def leave(self) -> None:
+        """A storage has moved, or may no longer be written: the addresses must not be used again."""
+        self.handle, self.moved = None, True
 
     def step(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        seen: Sequence[int],
+        seen: list[int],
         scale: float,
         softcap: float | None,
         window: int | None,
-        *,
-        spill: bool = False,
+        apart: DenseSegment | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
-        ``seen`` are the positions of the new entries per sequence. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
-        ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot. With ``spill``, entries that find no room are
-        ``spilled`` after the call.
+        ``seen`` are the positions of the new entries per sequence; with ``apart``, which holds the same entries, they are not
+        stored. Returns ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32; None, with nothing done,
+        where it cannot.
         """
-        self.kept, self.spilled = False, None
-        handle, wanted = self.handle, self.wanted
-        if handle is None:
-            return None
-        batch, heads = query.shape[:2]
-        out = torch.empty(batch, heads, 1, self.width, dtype=self.dtype)
+        self.spilled, wanted = None, self.wanted
+        batch, heads, _, _ = query.shape
+        out = torch.empty(batch, 1, heads, self.width, dtype=self.dtype)
         lse = torch.empty(batch, heads, 1)
-        threads = torch.get_num_threads()
-        if not handle.step(query, key, value, seen, scale, softcap, window, out, lse, wanted, 0, threads):
-            apart = self._apart(key, value, seen) if spill else None
-            if apart is None:
-                return None
-            positions = apart.meta.columns["position"].data_ptr()
-            if not handle.step(query, key, value, seen, scale, softcap, window, out, lse, wanted, positions, threads):
-                return None
-            self.spilled = apart
-        self.kept = wanted
+        at = 0 if apart is None else apart.meta.columns["position"].data_ptr()
+        self.kept = False
+        done = self.handle.step(
+            query, key, value, self.dtype, seen, self.held, self.grown, scale, softcap, window, out, lse, wanted, at,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if not done:
+            return None
+        self.kept, self.spilled = wanted, apart
         return out, lse
+
+    def step_apart(
+        self, query: Tensor, key: Tensor, value: Tensor, seen: list[int], scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `step` for entries that find no room: they are ``spilled`` after the call."""
+        apart = self._apart(key, value, seen)
+        return None if apart is None else self.step(query, key, value, seen, scale, softcap, None, apart)
 
     def _apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
         """The new entries as a segment, where the last one is dense, full and not to grow."""
-        last = self.segments[-1]
+        last = self.main[-1]
         table = last.meta
         if type(last) is not DenseSegment or table.limits is None:
             return None
@@ -120,4 +132,4 @@ class Lane:
         states = self.states[name]
         if self.spilled is not None:
             states = [*states, self.spilled.meta.columns[name].data_ptr()]
-        return self.handle.accumulate(self.front, states, decay, factor, torch.get_num_threads())
+        return self.handle.accumulate(len(self.front), states, decay, factor, torch.get_num_threads())

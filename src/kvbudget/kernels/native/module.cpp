@@ -211,52 +211,26 @@ const uint8_t* data_of(const nb::handle& tensor) {
 }
 
 // Whether the elements of a tensor lie one behind the other, in this dtype.
-bool plain(const nb::handle& tensor, const nb::object& dtype) {
+bool plain(const nb::handle& tensor, const nb::handle& dtype) {
   static PyObject *const type = named("dtype"), *const contiguous = named("is_contiguous");
   return member(tensor, type).is(dtype) && call(tensor, contiguous).is(nb::handle(Py_True));
 }
 
-// A lane, and the tables (RaggedTable) whose `lengths` it reads at every step: of each segment sealed key cells and sealed value
-// cells, or None, and entries. Those in `grown` are one entry longer in each row after a step.
-struct Bound {
-  struct Held {
-    nb::object keys, values, entries;
-  };
+// The `lengths` of a table (RaggedTable); none of None.
+Integers lengths_of(const nb::handle& table) {
+  static PyObject* const name = named("lengths");
+  return table.is_none() ? Integers() : nb::cast<Integers>(member(table, name));
+}
+
+// portions: (key side, value side, starts, positions) per segment; room: capacities per row of the last segment's entries, key tail
+// and value tail; zeroed: addresses of its columns that begin with zero.
+struct BoundLane {
   kvbudget::Lane lane;
-  std::vector<Held> held;
-  std::vector<nb::object> grown;
-  nb::object dtype;
   kvbudget::Type type;
-
-  static Integers lengths(const nb::object& table) {
-    static PyObject* const name = named("lengths");
-    return table.is_none() ? Integers() : nb::cast<Integers>(member(table, name));
-  }
-
-  void read() {
-    for (size_t i = 0; i < held.size(); ++i) {
-      kvbudget::Portion& p = lane.portions[i];
-      p.lengths = lengths(held[i].entries);
-      p.key_cells = lengths(held[i].keys);
-      p.value_cells = lengths(held[i].values);
-      p.key_cells.resize(p.lengths.size());
-      p.value_cells.resize(p.lengths.size());
-    }
-  }
-
-  void grow() {
-    for (const nb::object& table : grown) {
-      Integers longer = lengths(table);
-      for (int64_t& n : longer) ++n;
-      table.attr("lengths") = longer;
-    }
-  }
 };
 
-// portions: (key side, value side, starts, positions) per segment; held: its three tables; room: capacities per row of the last
-// segment's entries, key tail and value tail; zeroed: addresses of its columns that begin with zero.
-Bound* lane(int rows, int queries, const nb::list& portions, const nb::list& held, const nb::list& grown, const nb::tuple& room,
-            const std::vector<uintptr_t>& zeroed, nb::object dtype, int type) {
+BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple& room, const std::vector<uintptr_t>& zeroed,
+                int type) {
   std::vector<kvbudget::Portion> made;
   for (const nb::handle item : portions) {
     const nb::tuple t = nb::cast<nb::tuple>(item);
@@ -268,24 +242,28 @@ Bound* lane(int rows, int queries, const nb::list& portions, const nb::list& hel
   }
   kvbudget::Room space{nb::cast<Integers>(room[0]), nb::cast<Integers>(room[1]), nb::cast<Integers>(room[2]), {}};
   for (const uintptr_t column : zeroed) space.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
-  Bound* bound = new Bound{{rows, queries, std::move(made), std::move(space)}, {}, {}, std::move(dtype),
-                           static_cast<kvbudget::Type>(type)};
-  for (const nb::handle item : held) {
-    const nb::tuple t = nb::cast<nb::tuple>(item);
-    bound->held.push_back({t[0], t[1], t[2]});
-  }
-  for (const nb::handle table : grown) bound->grown.push_back(nb::borrow(table));
-  return bound;
+  return new BoundLane{{rows, queries, std::move(made), std::move(space)}, static_cast<kvbudget::Type>(type)};
 }
 
-// query, key, value, out and lse are tensors; seen: positions of the new entries, per sequence; apart: the address of these as
-// int32 per row where the new entries are not to be stored, else 0. False, with nothing done, where the tensors are others than the
-// lane was made for, or a row has no room.
-bool lane_step(Bound& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const Integers& seen,
-               float scale, std::optional<float> softcap, std::optional<int64_t> window, const nb::handle& out,
-               const nb::handle& lse, bool keep_logits, uintptr_t apart, int threads) {
-  if (!plain(query, bound.dtype) || !plain(key, bound.dtype) || !plain(value, bound.dtype)) return false;
-  bound.read();
+// query, key, value (of this dtype), out and lse are tensors; seen: positions of the new entries, per sequence; held: of each
+// segment the tables of sealed key cells and sealed value cells, or None, and of entries; grown: the tables that are one entry
+// longer in each row afterwards; apart: the address of the positions as int32 per row where the new entries are not to be stored,
+// else 0. False, with nothing done, where the tensors are others than the lane was made for, or a row has no room.
+bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const nb::handle& dtype,
+               const Integers& seen, const nb::list& held, const nb::list& grown, float scale, std::optional<float> softcap,
+               std::optional<int64_t> window, const nb::handle& out, const nb::handle& lse, bool keep_logits, uintptr_t apart,
+               int threads) {
+  if (!plain(query, dtype) || !plain(key, dtype) || !plain(value, dtype)) return false;
+  if (held.size() != bound.lane.portions.size()) throw std::invalid_argument("the tables of each segment are needed");
+  for (size_t i = 0; i < held.size(); ++i) {
+    const nb::tuple tables = nb::cast<nb::tuple>(held[i]);
+    kvbudget::Portion& p = bound.lane.portions[i];
+    p.lengths = lengths_of(tables[2]);
+    p.key_cells = lengths_of(tables[0]);
+    p.value_cells = lengths_of(tables[1]);
+    p.key_cells.resize(p.lengths.size());
+    p.value_cells.resize(p.lengths.size());
+  }
   const size_t rows = bound.lane.portions.back().lengths.size();
   if (seen.empty() || rows % seen.size()) throw std::invalid_argument("one position per sequence is needed");
   Integers positions(rows);
@@ -306,12 +284,17 @@ bool lane_step(Bound& bound, const nb::handle& query, const nb::handle& key, con
     nb::gil_scoped_release release;
     if (!bound.lane.step(*kernels, step, threads)) return false;
   }
-  if (!step.apart) bound.grow();
+  if (apart) return true;
+  for (const nb::handle table : grown) {
+    Integers longer = lengths_of(table);
+    for (int64_t& n : longer) ++n;
+    table.attr("lengths") = longer;
+  }
   return true;
 }
 
 // decay: one number per sequence, or per row.
-bool lane_accumulate(const Bound& bound, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
+bool lane_accumulate(const BoundLane& bound, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
                      float factor, int threads) {
   std::vector<float*> columns;
   for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
@@ -342,7 +325,7 @@ NB_MODULE(_native, m) {
   m.def("count_kept", &count_kept);
   m.def("compact", &compact);
   m.def("select", &select_best);
-  nb::class_<Bound>(m, "Lane")
+  nb::class_<BoundLane>(m, "Lane")
       .def(nb::new_(&lane))
       .def("step", &lane_step)
       .def("accumulate", &lane_accumulate);
