@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,8 @@ class Attending(Cache):
         self._survivors: Survivors | None = None
         self._recorded: dict[int, Queries] = {}
         self._gaps = False
+        self._outs: Sequence[Tensor] = ()
+        self._lses: Sequence[Tensor | None] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Hands a layer's new keys and values on to the attention function."""
@@ -125,16 +127,16 @@ class Attending(Cache):
         self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Tensor | None:
         """`attend` by the shortest way, for one token ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``; None where there is none."""
-        if layer.index == self._last:
+        index, store = layer.index, layer.store
+        if not self._first < index < self._last:
             return None
-        store = layer.store
         self.broken = layer.label
-        answer = store.step(query, key, value, scale, softcap)
-        if answer is None:
+        out, lse = self._outs[index], self._lses[index]
+        if not store.step(query, key, value, scale, softcap, out, lse):
             return None
         layer.columns += 1
         if layer.at is not None and self.enforcer.watches:
-            queries = Queries(query, answer[1], scale, softcap)
+            queries = Queries(query, lse, scale, softcap)
             if torch.is_inference_mode_enabled():
                 self.enforcer.after_attention(layer.at, View(store, queries))
             else:
@@ -143,7 +145,7 @@ class Attending(Cache):
         elif store.rest < 0:
             with torch.inference_mode():
                 self._finish(layer, None)
-        return answer[0]
+        return out
 
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
         """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
@@ -277,8 +279,13 @@ class Attending(Cache):
             self.enforcer.admit(counts)
             self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
         self._valid, self._survivors = valid, None
-        plain = new == 1 and valid is None and self.probing is None
+        plain = new == 1 and valid is None and self.probing is None and call.query.is_cpu
         self.stepping = plain and not (self._special or self.recording)
+        if self.stepping:
+            # Of all layers at once, since an allocation costs more than the lane's own work.
+            size, heads = (len(self.layers), batch), call.query.shape[1]
+            self._outs = call.query.new_empty(*size, 1, heads, call.value.shape[-1]).unbind()
+            self._lses = torch.empty(*size, heads, 1).unbind() if self.enforcer.watches else [None] * size[0]
         if self.parts.sharing is not None:
             self._calls, self._ready = {}, {}
             self._due = [store.layer_idx for store in self.stores]
@@ -287,7 +294,7 @@ class Attending(Cache):
         if self._last == len(self.layers) - 1:
             self.broken = None
         self._valid = self._survivors = None
-        self.stepping = False
+        self.stepping, self._outs, self._lses = False, (), ()
         if not self.recording:
             self.enforcer.filled = True
         if big or not self.peak_bytes:

@@ -98,6 +98,12 @@ def attention_function(
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, extra | kwargs)
+    cache, layer, new_key, new_value = key
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache.stepping and s_aux is None:
+        answer = cache.step(layer, query, new_key, new_value, scale, softcap)
+        if answer is not None:
+            return answer, None
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise CacheError(
             "a KVCache is for inference: call model.eval(), and the model under torch.inference_mode() or torch.no_grad()"
@@ -107,12 +113,6 @@ def attention_function(
             f"a ready-made mask of shape {tuple(attention_mask.shape)} cannot be used with a KVCache; "
             "pass the 2-D padding mask [batch, tokens] instead"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache, layer, new_key, new_value = key
-    if cache.stepping and s_aux is None:
-        answer = cache.step(layer, query, new_key, new_value, scale, softcap)
-        if answer is not None:
-            return answer, None
     call = AttentionCall(query, new_key, new_value, scale, softcap, sliding_window, s_aux)
     out = cache.attend(layer.index, call, attention_mask, kwargs.get("position_ids"))
     return out.transpose(1, 2), None

@@ -267,6 +267,7 @@ class KVCache(Attending):
         self.enforcer.reset()
         self._recorded, self._gaps, self._valid, self.trail = {}, False, None, None
         self.broken, self.peak_bytes, self.prefilled = None, 0, None
+        self.stepping = False
         self._record(False)
 
     # -- what the user calls -------------------------------------------------------------------------------------------

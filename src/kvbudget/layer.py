@@ -179,41 +179,46 @@ class LayerCache:
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         """`forward` of one token as a `step`; None, with nothing done, where that cannot be."""
-        if call.sink is not None or call.face:
+        batch, heads, _, _ = call.query.shape
+        if call.sink is not None or call.face or not call.query.is_cpu:
             return None
-        answer = self.step(call.query, call.key, call.value, call.scale, call.softcap)
-        return None if answer is None else (answer[0].transpose(1, 2), answer[1])
+        out, lse = call.query.new_empty(batch, 1, heads, call.value.shape[-1]), torch.empty(batch, heads, 1)
+        done = self.step(call.query, call.key, call.value, call.scale, call.softcap, out, lse)
+        return (out.transpose(1, 2), lse) if done else None
 
     def step(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """One token of each sequence by the prepared lane; None, with nothing done, where that cannot be.
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> bool:
+        """One token of each sequence by the prepared lane; False, with nothing done, where that cannot be.
 
-        Returns ``out [B, 1, Hq, Dv]``, heads behind the token, and ``lse [B, Hq, 1]`` float32.
+        The answer goes to ``out [B, 1, Hq, Dv]``, heads behind the token, and to ``lse [B, Hq, 1]`` float32.
         """
-        lane, main, front, seen = self._lane, self.main, self.front, self.seen
-        if lane is None or lane.handle is None or lane.main != main or lane.front != front:
-            if self.shift is not None or self.selector is not None or self.reads is not None:
-                return None
-            if not main or len(seen) != query.shape[0]:
-                return None
-            if lane is None or lane.moved or lane.main != main or lane.front != front:
+        lane, main, seen, window = self._lane, self.main, self.seen, self.window
+        if lane is None or lane.handle is None or lane.main != main or lane.front != self.front:
+            if self.shift is not None or self.selector is not None or self.reads is not None or not main:
+                return False
+            if lane is None or lane.moved or lane.main != main or lane.front != self.front:
                 group = query.shape[1] // self.num_kv_heads
-                lane = self._lane = Lane(front, main, group, lane is not None and lane.wanted)
+                lane = self._lane = Lane(self.front, main, group, lane is not None and lane.wanted)
             if lane.handle is None:
-                return None
-        answer = lane.step(query, key, value, seen, scale, softcap, self.window)
-        if answer is None and self.spills and len(main) == 1 and self.window is None and not self.apart:
-            answer = lane.step_apart(query, key, value, seen, scale, softcap)
-        if answer is None:
-            return None
-        self.rest -= 1
-        if lane.spilled is not None:
-            self.main.append(lane.spilled)
-            self.rest = -1
-        self.seen = list(map(_NEXT, seen))
-        self._fresh = True
-        return answer
+                return False
+        rest = self.rest - 1
+        if not lane.step(query, key, value, seen, scale, softcap, window, out, lse):
+            spills = self.spills and len(main) == 1 and window is None and not self.apart
+            apart = lane.apart(key, value, seen) if spills else None
+            if apart is None or not lane.step(query, key, value, seen, scale, softcap, window, out, lse, apart):
+                return False
+            main.append(apart)
+            rest = -1
+        self.seen, self.rest, self._fresh = list(map(_NEXT, seen)), rest, True
+        return True
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""

@@ -63,7 +63,7 @@ class Lane:
         softcap: float | None,
         window: int | None,
         out: object,
-        lse: object,
+        lse: int,
         keep_logits: bool,
         apart: int,
         threads: int,

@@ -43,7 +43,6 @@ class Lane:
         key, value = sides[-1]
         self.grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
         self.dtype = key.tail.data.dtype
-        self.width = value.tail.data.shape[-1]
         if value.tail.data.dtype is not self.dtype or any(table.borrowed for table in self.grown):
             return
         zeroed = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
@@ -74,37 +73,28 @@ class Lane:
         scale: float,
         softcap: float | None,
         window: int | None,
+        out: Tensor,
+        lse: Tensor | None,
         apart: DenseSegment | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> bool:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
         ``seen`` are the positions of the new entries per sequence; with ``apart``, which holds the same entries, they are not
-        stored. Returns ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32; None, with nothing done,
-        where it cannot.
+        stored. The answer goes to ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32. False, with
+        nothing done, where that cannot be.
         """
         self.spilled, wanted = None, self.wanted
-        batch, heads, _, _ = query.shape
-        out = torch.empty(batch, 1, heads, self.width, dtype=self.dtype)
-        lse = torch.empty(batch, heads, 1)
-        at = 0 if apart is None else apart.meta.columns["position"].data_ptr()
-        self.kept = False
+        positions = 0 if apart is None else apart.meta.columns["position"].data_ptr()
         done = self.handle.step(
-            query, key, value, self.dtype, seen, self.held, self.grown, scale, softcap, window, out, lse, wanted, at,
-            torch.get_num_threads(),
+            query, key, value, self.dtype, seen, self.held, self.grown, scale, softcap, window, out,
+            0 if lse is None else lse.data_ptr(), wanted, positions, torch.get_num_threads(),
         )  # fmt: skip
-        if not done:
-            return None
-        self.kept, self.spilled = wanted, apart
-        return out, lse
+        self.kept = wanted and done
+        if done:
+            self.spilled = apart
+        return done
 
-    def step_apart(
-        self, query: Tensor, key: Tensor, value: Tensor, seen: list[int], scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """As `step` for entries that find no room: they are ``spilled`` after the call."""
-        apart = self._apart(key, value, seen)
-        return None if apart is None else self.step(query, key, value, seen, scale, softcap, None, apart)
-
-    def _apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
+    def apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
         """The new entries as a segment, where the last one is dense, full and not to grow."""
         last = self.main[-1]
         table = last.meta

@@ -210,10 +210,11 @@ const uint8_t* data_of(const nb::handle& tensor) {
   return address(call(tensor, name));
 }
 
-// Whether the elements of a tensor lie one behind the other, in this dtype.
-bool plain(const nb::handle& tensor, const nb::handle& dtype) {
-  static PyObject *const type = named("dtype"), *const contiguous = named("is_contiguous");
-  return member(tensor, type).is(dtype) && call(tensor, contiguous).is(nb::handle(Py_True));
+// Whether a tensor has so many elements of this dtype, which lie one behind the other.
+bool fits(const nb::handle& tensor, const nb::handle& dtype, int64_t elements) {
+  static PyObject *const type = named("dtype"), *const contiguous = named("is_contiguous"), *const count = named("numel");
+  return member(tensor, type).is(dtype) && call(tensor, contiguous).is(nb::handle(Py_True)) &&
+         nb::cast<int64_t>(call(tensor, count)) == elements;
 }
 
 // The `lengths` of a table (RaggedTable); none of None.
@@ -226,6 +227,7 @@ Integers lengths_of(const nb::handle& table) {
 // and value tail; zeroed: addresses of its columns that begin with zero.
 struct BoundLane {
   kvbudget::Lane lane;
+  int rows, queries;
   kvbudget::Type type;
 };
 
@@ -242,18 +244,22 @@ BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple
   }
   kvbudget::Room space{nb::cast<Integers>(room[0]), nb::cast<Integers>(room[1]), nb::cast<Integers>(room[2]), {}};
   for (const uintptr_t column : zeroed) space.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
-  return new BoundLane{{rows, queries, std::move(made), std::move(space)}, static_cast<kvbudget::Type>(type)};
+  return new BoundLane{{rows, queries, std::move(made), std::move(space)}, rows, queries, static_cast<kvbudget::Type>(type)};
 }
 
-// query, key, value (of this dtype), out and lse are tensors; seen: positions of the new entries, per sequence; held: of each
+// query, key, value and out are tensors of this dtype, lse is the address of float32 numbers or 0; seen: positions of the new entries, per sequence; held: of each
 // segment the tables of sealed key cells and sealed value cells, or None, and of entries; grown: the tables that are one entry
 // longer in each row afterwards; apart: the address of the positions as int32 per row where the new entries are not to be stored,
 // else 0. False, with nothing done, where the tensors are others than the lane was made for, or a row has no room.
 bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const nb::handle& dtype,
                const Integers& seen, const nb::list& held, const nb::list& grown, float scale, std::optional<float> softcap,
-               std::optional<int64_t> window, const nb::handle& out, const nb::handle& lse, bool keep_logits, uintptr_t apart,
-               int threads) {
-  if (!plain(query, dtype) || !plain(key, dtype) || !plain(value, dtype)) return false;
+               std::optional<int64_t> window, const nb::handle& out, uintptr_t lse, bool keep_logits, uintptr_t apart, int threads) {
+  const int64_t rows = bound.rows, asked = rows * bound.queries;
+  const kvbudget::Portion& last = bound.lane.portions.back();
+  const int64_t width = last.key.tail.width, value_width = last.value.tail.width;
+  if (!fits(query, dtype, asked * width) || !fits(key, dtype, rows * width) || !fits(value, dtype, rows * value_width) ||
+      !fits(out, dtype, asked * value_width))
+    return false;
   if (held.size() != bound.lane.portions.size()) throw std::invalid_argument("the tables of each segment are needed");
   for (size_t i = 0; i < held.size(); ++i) {
     const nb::tuple tables = nb::cast<nb::tuple>(held[i]);
@@ -264,10 +270,10 @@ bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key,
     p.key_cells.resize(p.lengths.size());
     p.value_cells.resize(p.lengths.size());
   }
-  const size_t rows = bound.lane.portions.back().lengths.size();
-  if (seen.empty() || rows % seen.size()) throw std::invalid_argument("one position per sequence is needed");
+  const int64_t batch = static_cast<int64_t>(seen.size());
+  if (!batch || rows % batch) return false;
   Integers positions(rows);
-  for (size_t r = 0; r < rows; ++r) positions[r] = seen[r * seen.size() / rows];
+  for (int64_t r = 0; r < rows; ++r) positions[r] = seen[r * batch / rows];
   const kvbudget::Step step{data_of(query),
                             data_of(key),
                             data_of(value),
@@ -278,7 +284,7 @@ bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key,
                             std::move(positions),
                             reinterpret_cast<const uint8_t*>(apart),
                             const_cast<uint8_t*>(data_of(out)),
-                            reinterpret_cast<float*>(const_cast<uint8_t*>(data_of(lse))),
+                            reinterpret_cast<float*>(lse),
                             keep_logits};
   {
     nb::gil_scoped_release release;
@@ -298,7 +304,7 @@ bool lane_accumulate(const BoundLane& bound, int first, const std::vector<uintpt
                      float factor, int threads) {
   std::vector<float*> columns;
   for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
-  const size_t rows = bound.lane.portions.back().lengths.size();
+  const size_t rows = static_cast<size_t>(bound.rows);
   if (decay.empty() || rows % decay.size()) throw std::invalid_argument("one decay per sequence or per row is needed");
   std::vector<float> each(rows);
   for (size_t r = 0; r < rows; ++r) each[r] = decay[r * decay.size() / rows];
