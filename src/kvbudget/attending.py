@@ -135,16 +135,13 @@ class Attending(Cache):
         if not store.step(query, key, value, scale, softcap, out, lse):
             return None
         layer.columns += 1
-        if layer.at is not None and self.enforcer.watches:
-            queries = Queries(query, lse, scale, softcap)
+        queries = None if lse is None or layer.at is None else Queries(query, lse, scale, softcap)
+        if queries is not None or store.rest < 0:
             if torch.is_inference_mode_enabled():
-                self.enforcer.after_attention(layer.at, View(store, queries))
+                self._finish(layer, queries)
             else:
                 with torch.inference_mode():
-                    self.enforcer.after_attention(layer.at, View(store, queries))
-        elif store.rest < 0:
-            with torch.inference_mode():
-                self._finish(layer, None)
+                    self._finish(layer, queries)
         return out
 
     def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:

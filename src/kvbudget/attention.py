@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvbudget.errors import CacheError
 from kvbudget.layer import AttentionCall
-
-if TYPE_CHECKING:
-    from kvbudget.cache import KVCache
 
 NAME = "kvbudget"
 
@@ -93,7 +90,7 @@ def attention_function(
     ``query [B, Hq, n, D]``; key and value are handles of a `KVCache`, or tensors ``[B, Hkv, T, D]`` of any other cache.
     Returns ``[B, n, Hq, Dv]`` and no weights.
     """
-    if type(key) is not LayerHandle:
+    if not isinstance(key, LayerHandle):
         assert not isinstance(attention_mask, LazyMask)
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}

@@ -187,11 +187,11 @@ class View:
         if weights is not None:
             lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // layer.num_kv_heads
-        each = decay or [1.0] * len(layer.seen)
+        fading = decay or [1.0] * len(layer.seen)
         if group != "max" or members == 1:
-            layer.add_mass(name, query, lse, queries, each, 1 / members if group == "mean" else 1.0)
+            layer.add_mass(name, query, lse, queries, fading, 1 / members if group == "mean" else 1.0)
             return
-        rows_decay = [d for d in each for _ in range(layer.num_kv_heads)]
+        rows_decay = [d for d in fading for _ in range(layer.num_kv_heads)]
         each = [slice(g, None, members) for g in range(members)]
         for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
             rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
