@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,9 +41,10 @@ def stored_bytes(segment: Segment, plain: int = 0) -> float:
     if not isinstance(segment, (QuantizedSegment, JointSegment)):
         return sum(_cells(segment.meta, (name,), plain) for name in ("key", "value"))
     full = [segment.first, segment.tail] if isinstance(segment, JointSegment) else []
-    states: Sequence[Tensor] = ()
+    states: list[Tensor] = []
     if isinstance(segment, QuantizedSegment):
         states = [*segment.key.state.values(), *segment.value.state.values()]
+        states += [] if segment.balance is None else [segment.balance]
         full = [table for store in (segment.key, segment.value) for table in (store.first, store.tail)]
     known: float = sum(state.numel() * state.element_size() for state in states)
     coded = [table for table in segment.tables() if table is not segment.meta and not any(table is x for x in full)]
