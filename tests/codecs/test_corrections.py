@@ -9,7 +9,7 @@ from kvbudget.codecs.integer import ChannelQuant, TokenQuant
 from kvbudget.codecs.low_rank import LowRank
 from kvbudget.codecs.sparse import Outliers
 from kvbudget.kernels import reference
-from kvbudget.kernels.corrected import FEW_QUERIES
+from kvbudget.kernels import FEW_QUERIES
 from kvbudget.kernels.reference import DenseOperand
 from kvbudget.methods import parse
 

@@ -193,6 +193,9 @@ class Prompted(Codec):
         group = torch.arange(codes.shape[1], device=codes.device)
         return place.state["words"][place.rows[:, None], group, codes].float().flatten(1)
 
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand:
+        return CodebookOperand(columns["codes"][:, None], columns["words"][:, None].float(), starts, skip)
+
     def state_bytes(self, width: int) -> float:
         return 2 * WORDS * width
 
