@@ -8,8 +8,7 @@ from kvbudget.codecs.base import Codec, Place, alone
 from kvbudget.codecs.integer import ChannelQuant, TokenQuant
 from kvbudget.codecs.low_rank import LowRank
 from kvbudget.codecs.sparse import Outliers
-from kvbudget.kernels import reference
-from kvbudget.kernels import FEW_QUERIES
+from kvbudget.kernels import FEW_QUERIES, reference
 from kvbudget.kernels.reference import DenseOperand
 from kvbudget.methods import parse
 

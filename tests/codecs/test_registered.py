@@ -145,7 +145,7 @@ def test_calibrated_codes_are_deterministic_finite_and_of_their_size(name, width
 
 @pytest.mark.parametrize("name", CODECS)
 def test_padded_rows_equal_their_single_runs_inside_the_bytes(name):
-    model, policy = tiny_model("llama"), f"streaming_llm(sinks=4)+{SMALL.get(name, name)}"
+    model, policy = tiny_model("llama"), f"snapkv(window=8)+{SMALL.get(name, name)}"
     texts = [random_text(n, seed=n) for n in (31, 150, 97)]
     ids, mask = left_padded(texts)
     ids, mask = torch.cat([ids, random_text(9, rows=3)], dim=1), torch.cat([mask, torch.ones(3, 9).long()], dim=1)

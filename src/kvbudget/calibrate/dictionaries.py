@@ -17,9 +17,9 @@ from kvbudget.errors import PolicyError
 class Dictionaries(CacheSamples):
     """A dictionary per layer for keys and one for values, shared by the KV heads (CSR, arXiv 2412.11741).
 
-    The artifact holds ``key`` and ``value [L, n, D]`` in float16, unit rows, and ``before_rope``. The paper learns them by gradient descent as the
-    weights of a small network; here sparse codes and the best dictionary for them (method of optimal directions, Engan et
-    al., 1999) take turns, and atoms that nobody uses become the vectors that are coded worst.
+    The artifact holds ``key`` and ``value [L, n, D]`` in float16, unit rows, and ``before_rope``. The paper learns them by
+    gradient descent as the weights of a small network; here sparse codes and the best dictionary for them (method of optimal
+    directions, Engan et al., 1999) take turns, and atoms that nobody uses become the vectors that are coded worst.
 
     Attributes:
         atoms: of a dictionary (Lexico: 4096).

@@ -12,8 +12,8 @@ from kvbudget.codecs.base import Codec, Place
 
 WORDS = 64
 """Vectors of a table; a stage's code names two of them, so it has 12 bits."""
-BLOCK = 1024
-"""Vectors whose distances to all pairs of words are held at a time."""
+BLOCK = 256
+"""Vectors whose distances to all pairs of words are held at a time: 4 MiB, which a cache holds."""
 
 
 def stages_of(bits: float, width: int) -> int:

@@ -41,7 +41,14 @@ class Kernels:
 
 
 def attend(
-    query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], kernels: Kernels, *, scale: float, **options: Any
+    query: Tensor,
+    key: Operand,
+    value: Operand,
+    lengths: Sequence[int],
+    kernels: Kernels,
+    *,
+    scale: float,
+    **options: Any,
 ) -> Partial:
     """As `reference.attend` for few queries and rows that all hold entries, without a soft cap."""
     return weighted(logits(query, key, lengths, kernels, scale=scale, **options), value, lengths, kernels)

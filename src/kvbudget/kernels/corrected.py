@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvbudget.kernels.reference import Operand
 
+
 @dataclass
 class CorrectedOperand(Operand):
     """Entries of ``base`` in units of ``unit`` (starts and skip as in `ChannelQuantOperand`), and what is added to them.

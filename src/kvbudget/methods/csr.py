@@ -17,10 +17,11 @@ class CacheSparseRepresentation(Recipe):
 
     Paper: Zhang et al., arXiv 2412.11741, 2024 (AAAI 2025). ``kvbudget calibrate csr --model M`` learns one dictionary per
     layer for keys and one for values. Atoms are chosen by orthogonal matching pursuit, which costs a product with the
-    dictionary per term (the paper's pursuit, its dictionary's size and whether keys are coded before RoPE, as ``calibrate``
-    does unless it is told ``"csr(before_rope=False)"``, are unverified). Values, and keys coded after RoPE, are attended
-    without decoding them: by one product of the dictionary with the query, or with the weights of its atoms. Indices take 2 bytes, coefficients 1, and a vector's scale 2: true bits per element ``(24 terms + 16) /
-    head_dim``. Claim: on par with 2 to 4 bits of quantization, usable at about 1 bit.
+    dictionary per term (the paper's pursuit and its dictionary's size are unverified). Values are attended without decoding
+    them, by one product of the dictionary with the weights of its atoms; so are keys that are coded after RoPE, by one with
+    the query, where ``calibrate "csr(before_rope=False)"`` has fitted them so (the paper's choice is unverified). Indices
+    take 2 bytes, coefficients 1, and a vector's scale 2: true bits per element ``(24 terms + 16) / head_dim``. Claim: on par
+    with 2 to 4 bits of quantization, usable at about 1 bit.
 
     Attributes:
         terms: atoms of a key or value.
