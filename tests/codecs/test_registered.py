@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
 from kvbudget.codecs.commuting import stages_of
+from kvbudget.eval.rate import declared
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
@@ -88,6 +89,11 @@ def sides(name: str) -> list[Codec]:
 
 def stored_bytes(columns: dict[str, Tensor]) -> int:
     return sum(column.untyped_storage().nbytes() for column in columns.values())
+
+
+def test_the_guide_says_what_codecs_declare():
+    guide = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
+    assert "\n".join(declared()) in guide
 
 
 @pytest.mark.parametrize("width", [64, 80, 96, 128])

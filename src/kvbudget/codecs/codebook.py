@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class Coupled(Codec):
 
     ``words [L, H, P, 256, D / P]`` over all layers of the model; `at` takes a layer's ``[H, P, 256, D / P]``.
     """
+
+    calibrated: ClassVar[str] = "cq"
 
     channels: int = 8
     words: Tensor | None = field(default=None, repr=False, compare=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class Sparse(Codec):
 
     ``atoms [L, n, D]`` over all layers of the model, with unit rows, shared by the KV heads; `at` takes a layer's.
     """
+
+    calibrated: ClassVar[str] = "csr"
 
     terms: int = 4
     atoms: Tensor | None = field(default=None, repr=False, compare=False)
