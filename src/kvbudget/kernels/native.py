@@ -36,6 +36,11 @@ def use_instruction_set(name: str) -> None:
         raise KVBudgetError(f"this machine cannot run the {name!r} kernels; it runs {_native.instruction_set()!r}")
 
 
+def reads(operand: Operand, query: Tensor) -> bool:
+    """Whether the extension attends to an operand as it is, with such queries."""
+    return query.is_cpu and query.dtype in _TYPES and _describe(operand) is not None
+
+
 def _describe(operand: Operand) -> tuple[Any, ...] | None:
     """The operand as the extension reads it; None where only the reference kernels can."""
     if type(operand) is GatheredOperand:

@@ -200,8 +200,11 @@ class CodecStore:
         return DenseOperand(table.columns["data"], [s + b for s, b in zip(table.starts, begin, strict=True)])
 
     def side(self) -> Side | None:
-        """The sealed units and the tail for a lane; None where there is more, or units have no fused form."""
-        if self.codec.sinks or self.codec.variable or self.rotation is not None:
+        """The sealed units and the tail for a lane; None where there is more, or units have no fused form.
+
+        Operands made of what rows keep may hold tensors that nobody else does, and a lane knows addresses only.
+        """
+        if self.codec.sinks or self.codec.variable or self.rotation is not None or self.state:
             return None
         tail, sealed = DenseOperand(self.tail.columns["data"], self.tail.starts), None
         if self.sealed.columns:
