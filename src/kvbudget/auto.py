@@ -134,7 +134,7 @@ def _usable(model: PreTrainedModel, policy: str, budget: Budget, room: float, *,
         return False
     if "calibration" in parsed.needs and not set(parsed.names) & set(calibrated(model)):
         return False
-    return parts.protect.sinks + parts.protect.recent < room
+    return parts.protect.sinks + parts.protect.firm < room
 
 
 def calibrated(model: PreTrainedModel) -> tuple[str, ...]:
