@@ -7,11 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from kvbudget import auto
-from kvbudget.eval.ranking import divergences
+from kvbudget.eval.ranking import at_equal_bytes, divergences
 from kvbudget.eval.results import ResultsFile
 from kvbudget.methods import parse
 
-HEADERS = ("method", "what it does", "role", "acts", "needs", "exact", "reusable", "defaults", "KL (nats)", "paper")
+HEADERS = (
+    "method",
+    "what it does",
+    "role",
+    "acts",
+    "needs",
+    "exact",
+    "reusable",
+    "defaults",
+    "KL (nats)",
+    "equal bytes",
+    "paper",
+)
 
 
 def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) -> str:
@@ -21,8 +33,14 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
     bench`` says.
     """
     command = "kvbudget methods --markdown" + (f" --results {results.as_posix()}" if results is not None else "")
-    measured = divergences(ResultsFile(results).report()) if results is not None else auto.divergences()
-    rows = [[_cell(text) for text in _row(method, measured.get(method["name"], ""))] for method in methods]
+    if results is not None:
+        cells = ResultsFile(results).report()
+        measured = divergences(cells), at_equal_bytes(cells)
+    else:
+        measured = auto.divergences(), auto.at_equal_bytes()
+    rows = [
+        [_cell(text) for text in _row(method, *(m.get(method["name"], "-") for m in measured))] for method in methods
+    ]
     lines = [
         "# Methods",
         "",
@@ -33,7 +51,9 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
         "*Exact*: nothing is lost while everything fits. *Reusable*: the question is not looked at, so that one compressed",
         "context serves many. *Needs*: queries or keys of the entries; tokens (a tokenizer in `prefill`, without which it knows",
         "less); calibration (`kvbudget calibrate`); a plan or a driver (`cache.prefill` or `kvbudget.generate`). *KL*: geometric",
-        "mean over texts of the divergence from the full cache, by budget; [results.md](results.md) has the intervals.",
+        "mean over texts of the divergence from the full cache, by budget; [results.md](results.md) has the intervals. *Equal",
+        "bytes*: the KL over that of `random`, which drops entries uniformly, inside as many bytes (the share is that of the full",
+        "cache, and all that a method stores counts); =: cannot be told from it; [allocation.md](allocation.md).",
         "",
         "| " + " | ".join(HEADERS) + " |",
         "|" + "---|" * len(HEADERS),
@@ -42,7 +62,7 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
     return "\n".join(lines) + "\n"
 
 
-def _row(method: Mapping[str, Any], measured: str) -> Iterator[str]:
+def _row(method: Mapping[str, Any], *measured: str) -> Iterator[str]:
     yield f"`{method['name']}`"
     yield method["summary"]
     yield method["role"]
@@ -52,7 +72,7 @@ def _row(method: Mapping[str, Any], measured: str) -> Iterator[str]:
     yield "yes" if policy.lossless_when_fits else "no"
     yield "yes" if policy.prefix_reusable else "no"
     yield ", ".join(f"`{p['name']}={p['default']}`" for p in method["parameters"] if p["default"] != "") or "-"
-    yield measured or "-"
+    yield from measured
     yield method["paper"]
 
 
