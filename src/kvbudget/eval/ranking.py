@@ -10,7 +10,7 @@ from typing import Any
 
 from kvbudget.budget import Budget
 from kvbudget.errors import PolicyError
-from kvbudget.eval.leaderboard import commands, excess, values
+from kvbudget.eval.leaderboard import commands, excess, paired
 from kvbudget.eval.results import informative, title
 from kvbudget.eval.stats import bootstrap_over, compare
 from kvbudget.methods import parse
@@ -84,7 +84,7 @@ def at_equal_bytes(cells: Cells, control: str = "random") -> dict[str, str]:
     for cell in measured:
         other = controls.get((title(cell), cell["budget"]))
         if other is not None and other is not cell:
-            verdict, apart = compare(values(cell), values(other))
+            verdict, apart = compare(*paired(cell, other))
             share = _budget(cell, "bytes") / other["costs"]["full_bytes"]
             text = f"{math.exp(apart.mean):.2g}x" + (" (=)" if verdict == "cannot tell" else "")
             found.setdefault(parse(cell["policy"]).names[-1], {}).setdefault(f"{share:.0%}", text)
@@ -109,8 +109,8 @@ def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
     ranked = sorted(means, key=lambda policy: -means[policy])
     table = {}
     for policy in ranked:
-        # The same contexts, task by task; every task weighs the same, however many contexts it has.
-        pairs = [zip(whole[ranked[0]][task], whole[policy][task], strict=True) for task in sorted(tasks)]
+        # The same contexts, task by task; every task weighs the same, however many contexts it has. Fewer are the first ones.
+        pairs = [zip(whole[ranked[0]][task], whole[policy][task], strict=False) for task in sorted(tasks)]
         behind = bootstrap_over([[best - own for best, own in pair] for pair in pairs])
         table[policy] = {"utility": round(means[policy], 4), "behind": [round(behind.low, 4), round(behind.high, 4)]}
     return table
