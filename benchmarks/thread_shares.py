@@ -41,7 +41,9 @@ def main() -> None:
     loads = [0] * chosen.threads
     for length in sorted(lengths, reverse=True):
         loads[loads.index(min(loads))] += length
-    print(f"busiest thread: {spent[0] / sum(spent):.1%} of the time; by whole heads {max(loads) / sum(loads):.1%} of the entries")
+    print(
+        f"busiest thread: {spent[0] / sum(spent):.1%} of the time; by whole heads {max(loads) / sum(loads):.1%} of the entries"
+    )
 
 
 if __name__ == "__main__":
