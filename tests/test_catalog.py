@@ -36,8 +36,9 @@ def test_every_method_has_a_row_with_its_defaults():
     table = rows(printed("--markdown"))
     assert list(table) == list(registry())
     for name, kind in registry().items():
-        assert len(table[name]) == 10 and table[name][-1] == kind.paper
+        assert len(table[name]) == 12 and table[name][-1] == kind.paper
         assert all(f"`{parameter}=" in table[name][7] for parameter, x in kind.parameters().items() if x != "")
+    assert all(re.match(r"\d+ in `test_", cells[10]) for cells in table.values()), "nothing is untested"
     assert table["kivi"][5:7] == ["no", "yes"] and table["adakv"][6] == "no", "its own scorer looks at queries"
 
 

@@ -345,7 +345,8 @@ def test_run_refuses_missing_and_empty_files(model_folder, tmp_path):
 
 def test_calibrate_refuses_what_it_does_not_know(model_folder):
     assert "no calibration for 'snapkv'" in refused("calibrate", "snapkv", "--model", model_folder)
-    assert "one by one" in refused("calibrate", "a+b", "--model", model_folder)
+    both = ("calibrate", "qfilters+chai", "--model", model_folder, "--output", "one.safetensors")
+    assert "leave out --output" in refused(*both)
 
 
 def test_calibrate_reads_texts_and_the_method_finds_what_it_wrote(model_folder, tmp_path, monkeypatch):
@@ -356,6 +357,10 @@ def test_calibrate_reads_texts_and_the_method_finds_what_it_wrote(model_folder, 
     result = invoke(*fit, "--text", str(text))
     assert result.exit_code == 0 and "2 texts of 60 tokens" in result.stderr
     assert Path(result.stdout.strip()).is_file()
+    again = invoke(
+        "calibrate", "qfilters(count=2, length=60)+chai(count=1, length=60)", *fit[2:], "--text", str(text), "--missing"
+    )
+    assert again.exit_code == 0 and "qfilters is there" in again.stderr and "chai" in Path(again.stdout.strip()).name
     run = ("run", "--model", model_folder, "--prompt", "w9 w12 w15", "--policy", "qfilters", "--budget", "64")
     done = invoke(*run, "--max-new-tokens", "2")
     assert done.exit_code == 0, done.stderr

@@ -107,6 +107,12 @@ def divergences() -> dict[str, str]:
     return found
 
 
+def at_equal_bytes() -> dict[str, str]:
+    """Each method's KL over that of dropping entries at random inside the same bytes, as text, from the same file."""
+    found: dict[str, str] = _measured().get("equal_bytes", {})
+    return found
+
+
 @cache
 def _measured() -> dict[str, Any]:
     text = resources.files("kvbudget").joinpath("auto_table.json").read_text(encoding="utf-8")
@@ -134,7 +140,7 @@ def _usable(model: PreTrainedModel, policy: str, budget: Budget, room: float, *,
         return False
     if "calibration" in parsed.needs and not set(parsed.names) & set(calibrated(model)):
         return False
-    return parts.protect.sinks + parts.protect.recent < room
+    return parts.protect.sinks + parts.protect.firm < room
 
 
 def calibrated(model: PreTrainedModel) -> tuple[str, ...]:

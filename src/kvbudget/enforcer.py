@@ -224,7 +224,7 @@ class Enforcer(Shares):
         scores = []
         for layer in layers:
             view = View(layer)
-            protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
+            protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
             judged = self.parts.scorer.score(view).float().masked_fill(protected, float("inf"))
             scores.append(judged.masked_fill(~view.valid, float("-inf")))
         heads = sum(layer.num_kv_heads for layer in layers)
@@ -280,8 +280,13 @@ class Enforcer(Shares):
         heads = layer.num_kv_heads
         scores = self.parts.scorer.score(view).float()
         valid = view.valid
-        protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
+        means = [target / heads if o else float("inf") for o, target in zip(over, targets, strict=True)]
+        protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
         held = layer.evictable()
+        asked = scores
+        if self.parts.threshold is not None:  # no threshold judges the window, not even where a budget shrinks it
+            inside = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
+            asked = torch.where(inside, scores.clamp_min(self.parts.threshold), scores)
         splits = []
         for b, target in enumerate(targets):
             if not over[b]:
@@ -293,7 +298,7 @@ class Enforcer(Shares):
                 hint = None if (name := self.parts.heads.statistic) is None else view.statistic(name)
                 hint = None if hint is None else hint[b, free]
                 allocator = self.parts.heads.of_layer(layer.layer_idx)
-                shared = allocator.split(scores[b, free], protected[b, free], valid[b, free], rest, hint)
+                shared = allocator.split(asked[b, free], protected[b, free], valid[b, free], rest, hint)
                 for h, entries in zip(free, shared, strict=True):
                     split[h] = entries
             else:
@@ -305,7 +310,7 @@ class Enforcer(Shares):
             recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
             protected = protected | (newest(view.positions, recent) & valid)
         if self.parts.threshold is not None:
-            passing = (((scores >= self.parts.threshold) | protected) & valid).sum(-1)
+            passing = ((asked >= self.parts.threshold) & valid).sum(-1)
             acts = torch.tensor([o or d for o, d in zip(over, due, strict=True)], device=scores.device)
             counts = torch.where(acts[:, None], counts.minimum(passing), counts)
         judged = scores

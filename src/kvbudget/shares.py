@@ -46,13 +46,13 @@ class Shares:
     def protected(self) -> int:
         """Entries per KV head and layer that protection may hold; it holds every page or coded unit that it touches."""
         protect, marked = self.parts.protect, sum(end - start for start, end in self.spans)
-        edges = (1 if protect.recent else 0) + 2 * len(self.spans)
+        edges = (1 if protect.firm else 0) + 2 * len(self.spans)
         unit = max(self.parts.granularity.size, 1 if self.parts.sharing is None else self.parts.sharing.unit)
         for codec in self.parts.codec or ():
             # What fits into the full-precision tail need not be coded while the budget is that small.
-            if codec.cyclic or protect.sinks + protect.recent + marked >= codec.residual:
+            if codec.cyclic or protect.sinks + protect.firm + marked >= codec.residual:
                 unit = max(unit, codec.unit)
-        return -(-protect.sinks // unit) * unit + protect.recent + marked + edges * (unit - 1)
+        return -(-protect.sinks // unit) * unit + protect.firm + marked + edges * (unit - 1)
 
     @property
     def floor(self) -> int:
@@ -291,14 +291,13 @@ class Shares:
 
     def _too_small(self, remedy: str) -> str:
         protect = self.parts.protect
-        held = [f"{protect.sinks} sinks"] * bool(protect.sinks) + [f"{protect.recent} recent tokens"] * bool(
-            protect.recent
-        )
+        held = [f"{protect.sinks} sinks"] * bool(protect.sinks)
+        held += [f"{protect.firm} recent tokens"] * bool(protect.firm)
         marked = sum(end - start for start, end in self.spans)
         held += [f"{marked} marked tokens"] * bool(marked)
         windows = self.overhead if self.budget.kind == "bytes" else 0
         held += [f"{format_bytes(windows)} of sliding windows and recurrent states"] * bool(windows)
         return (
             f"budget {self.budget} is smaller than the {' + '.join(held) or 'one token'} that {self.text} has to hold; {remedy}"
-            + (" or lower window=" if protect.recent else "")
+            + (" or lower window=" if protect.firm else "")
         )

@@ -173,3 +173,17 @@ def test_the_page_renders_and_sorts_in_chromium(written, tmp_path) -> None:
     assert found["mark"] == "ascending"
     assert found["falling"] == ["full", "greedy", "snapkv", "nearly", "tova", "knorm", "broken<b>"]
     assert found["names"] == ["full", "greedy", "knorm", "nearly", "snapkv", "tova", "broken<b>"]
+
+
+def test_a_policy_on_fewer_contexts_says_so_and_is_compared_on_them() -> None:
+    cells = [
+        cell("full", "full", [1.0] * 4),
+        cell("snapkv", "10%", [1.0, 0.0, 1.0, 1.0], count=4),
+        cell("qfilters", "10%", [0.0, 1.0], count=2),
+        cell("kivi", "full", [1.0, 1.0], count=2),
+    ]
+    text = leaderboard(cells)
+    (row,) = [line for line in text.splitlines() if line.startswith("| qfilters | 0.5")]
+    assert "= (2 contexts)" in row, "one of two each"
+    assert "| kivi | 1 [0.9, 1.1] (2 contexts) |" in text
+    assert "--count 2" in text and "--count 4" in text

@@ -6,7 +6,7 @@ import math
 import pytest
 from test_page import cell
 
-from kvbudget.eval.ranking import divergences, ranking, utility, write_ranking
+from kvbudget.eval.ranking import at_equal_bytes, divergences, ranking, utility, write_ranking
 
 
 def distances(policy: str, budget: str, values: list[float], **changes: object) -> dict:
@@ -75,3 +75,20 @@ def test_divergences_are_those_of_methods_alone_and_say_what_is_held_beyond_the_
     text = f"10%: {math.exp(-1):.2g}"
     assert divergences(cells) == {"snapkv": text, "knorm": f"{text} (holds 20%)"}
     assert ranking(cells)["divergences"] == divergences(cells)
+
+
+def test_equal_bytes_are_compared_with_the_control_on_the_same_contexts() -> None:
+    full = cell("random", "10%", [0.0])["costs"]["full_bytes"]
+    budget, texts = f"{int(full / 4)}B", [0.1, 0.4, 0.2]
+    cells = [
+        distances("random", budget, texts),
+        distances("snapkv", budget, [v / 2 for v in texts]),
+        distances("snapkv+adakv", budget, [0.2, 0.2, 0.2]),
+        distances("adakv", budget, [v * 3 for v in texts]),
+    ]
+    found = at_equal_bytes(cells)
+    assert list(found) == ["snapkv", "adakv"] and found["snapkv"] == "25%: 0.5x"
+    assert found["adakv"] == "25%: 1x (=)"  # the first policy that ends in it
+    assert not divergences(cells), "shares of the bytes are not in the column of shares of the text"
+    assert ranking(CELLS + cells)["situations"] == ranking(CELLS)["situations"]
+    assert ranking(cells)["equal_bytes"] == found

@@ -100,3 +100,17 @@ def test_a_budget_caps_it_and_heads_get_what_they_ask_for():
 def test_impossible_parameters_are_refused():
     with pytest.raises(PolicyError, match="corm"):
         KVCache(tiny_model("llama"), "corm(window=0)", 64)
+
+
+def test_a_budget_below_the_window_is_kept_and_half_of_it_is_recent():
+    model, ids = tiny_model("llama"), random_text(200)
+    cache = KVCache(model, "corm(window=128)", 40)
+    run(model, cache, ids, [200])
+    for layer in range(2):
+        kept = kept_positions(cache, layer)
+        assert sum(len(row) for row in kept) <= 80
+        assert all({*range(180, 200)} <= set(row) for row in kept)
+        assert any(min(row) < 72 for row in kept), "older ones stay for their votes"
+    free = KVCache(model, "corm(window=128)")
+    run(model, free, ids, [200])
+    assert all({*range(72, 200)} <= set(row) for row in kept_positions(free, 0))

@@ -17,8 +17,9 @@ from kvbudget.policy.gates import RetainingGate, SinkGate
 from kvbudget.policy.view import View
 from tiny import left_padded, random_text, tiny_model
 
-METHODS = ("kvzap", "fast_kvzip", "locret")
-ALL = (*METHODS, "wg_kv")
+TRAINED = ("fast_kvzip", "locret")
+ALL = ("kvzap", *TRAINED, "wg_kv")
+STEPS = {"kvzap": {}}
 TEXTS = [random_text(96, seed=seed)[0] for seed in range(3)]
 
 
@@ -27,12 +28,20 @@ def files(tmp_path_factory):
     """An artifact of each method for the same tiny model."""
     model, folder = tiny_model("llama"), tmp_path_factory.mktemp("gates")
     return {
-        name: calibrate(name, model, folder / f"{name}.safetensors", texts=TEXTS, count=3, length=96, steps=30)
+        name: calibrate(
+            name,
+            model,
+            folder / f"{name}.safetensors",
+            texts=TEXTS,
+            count=3,
+            length=96,
+            **STEPS.get(name, {"steps": 30}),
+        )
         for name in ALL
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_beats_the_untrained_gate(name, files):
     model, ids = tiny_model("llama"), random_text(96, seed=9)
     fit = build(name, count=3, length=96)
@@ -44,6 +53,24 @@ def test_training_beats_the_untrained_gate(name, files):
         for weights in (trained, untrained)
     ]
     assert losses[0] < 0.8 * losses[1], losses
+
+
+def test_the_linear_gate_is_the_best_one(files):
+    """Least squares over all tokens of the three texts at once, with a row for each damped weight."""
+    model = tiny_model("llama")
+    found = Artifact.load("kvzap", fingerprint(model), files["kvzap"]).tensors
+    fit = build("kvzap", count=3, length=96)
+    pairs = [examples(fit, model, ids[None])[:2] for ids in TEXTS]
+    x, y = (torch.cat(parts, 1).double() for parts in zip(*pairs, strict=True))
+    for layer in range(2):
+        ones = torch.ones(len(x[layer]), 1, dtype=torch.double)
+        damped = torch.eye(x.shape[2], dtype=torch.double) * (fit.ridge * len(x[layer])) ** 0.5
+        rows = torch.cat([torch.cat([x[layer], ones], 1), torch.nn.functional.pad(damped, (0, 1))])
+        best = torch.linalg.lstsq(rows, torch.nn.functional.pad(y[layer], (0, 0, 0, x.shape[2]))).solution
+        weights = torch.cat([found["weight"][layer], found["bias"][layer]]).double()
+        torch.testing.assert_close(weights, best, atol=1e-3, rtol=1e-3)
+        error = (fit.gate().score(x[layer], {"weight": best[:-1], "bias": best[-1:]}) - y[layer]).square().mean()
+        assert float(error) < 0.8 * float(y[layer].var(0).mean())
 
 
 def test_targets():

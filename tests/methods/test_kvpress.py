@@ -63,6 +63,18 @@ for name, normalize in (("finch", False), ("finch_normalized", True)):
         model.model(given["ids"], past_key_values=cache)
     for index, layer in enumerate(cache.layers):
         found[f"{name}.keys.{index}"] = layer.keys.contiguous()
+for name, text in json.loads(sys.argv[5]).items():
+    cache = DynamicCache()
+    with torch.no_grad(), eval(text)(model):
+        model.model(given["ids"], past_key_values=cache)
+    for index, layer in enumerate(model.model.layers):
+        hidden = getattr(layer.self_attn, "masked_key_indices", None)
+        if hidden is None:
+            found[f"{name}.keys.{index}"] = cache.layers[index].keys.contiguous()
+        else:
+            found[f"{name}.{index}"] = torch.ones(1, 2, 300, dtype=torch.bool)
+            found[f"{name}.{index}"][hidden] = False
+            layer.self_attn.masked_key_indices = None
 press = kvpress.KVComposePress(compression_ratio=0.5)
 compress = press.compress_cache
 
@@ -72,6 +84,11 @@ def note(model):
     compress(model)
 
 press.compress_cache = note
+with torch.no_grad(), press(model):
+    model.model(given["ids"], past_key_values=DynamicCache())
+model.set_attn_implementation("eager")
+press = kvpress.ObservedAttentionPress(0.5)
+watch(press, "h2o")
 with torch.no_grad(), press(model):
     model.model(given["ids"], past_key_values=DynamicCache())
 save_file(found, sys.argv[4])
@@ -90,6 +107,14 @@ PAIRS = {
     "snapkv": ("kvpress.SnapKVPress(0.5, window_size=32)", "snapkv"),
 }
 
+# Methods whose choice is compared: press, policy and entries per head. LagKV's ranks tie between partitions of 32 unless
+# each of them keeps as many.
+KEPT = {
+    "streaming_llm": ("kvpress.StreamingLLMPress(0.5)", "streaming_llm", 150),
+    "tova": ("kvpress.TOVAPress(0.5)", "tova", 150),
+    "lagkv": (f"kvpress.LagKVPress({1 - 172.5 / 300}, lag_size=32)", "lagkv(lag=32)", 172),
+    "adakv": ("kvpress.AdaKVPress(kvpress.SnapKVPress(0.5, window_size=32))", "snapkv+adakv", 150),
+}
 # Methods that judge the prompt in passes of their own; kvpress takes the question for the end of the prompt.
 PLANNED = {
     "finch": "finch(shared=False, normalize=False, positions=original, chunk=1000)",
@@ -129,32 +154,70 @@ def both(tmp_path_factory):
     presses = json.dumps({name: press for name, (press, _) in PAIRS.items()})
     script = Path(folder / "script.py")
     script.write_text(SCRIPT)
-    command = [PYTHON, str(script), json.dumps(config), presses, str(folder / "given"), str(folder / "found")]
+    kept = json.dumps({name: press for name, (press, *_) in KEPT.items()})
+    command = [PYTHON, str(script), json.dumps(config), presses, str(folder / "given"), str(folder / "found"), kept]
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(command, check=True, env=environment, timeout=240)
     theirs = load_file(folder / "found")
     ours = {}
-    for name, (_, text) in PAIRS.items():
+    for name, text in [(name, text) for name, (_, text) in PAIRS.items()] + [("h2o", "h2o")]:
         cache = KVCache(model, text, 1000)
         with torch.inference_mode():
             model(ids, past_key_values=cache)
         for layer, store in enumerate(cache.enforcer.layers):
             ours[f"{name}.{layer}"] = cache.parts.scorer.score(View(store))
+            ours[f"keys.{layer}"] = View(store).keys
+    for name, (_, text, budget) in KEPT.items():
+        cache = KVCache(model, text, budget)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        ours |= {f"{name}.{layer}": held(store) for layer, store in enumerate(cache.enforcer.layers)}
     for name, text in PLANNED.items():
         # 20 entries of the budget are for the question, which has not come yet.
         cache = KVCache(model, text, 150)
         cache.prefill(model, ids if name == "kvcompose" else ids[:, :280], **ASKED.get(name, {}))
-        for layer, store in enumerate(cache.enforcer.layers):
-            view = View(store)
-            kept = torch.zeros(1, 2, 301, dtype=torch.bool)
-            kept.scatter_(2, view.positions.masked_fill(~view.valid, 300).long(), True)
-            ours[f"{name}.{layer}"] = kept[..., :300]
+        ours |= {f"{name}.{layer}": held(store) for layer, store in enumerate(cache.enforcer.layers)}
         whole = KVCache(model, text, 1000)
         whole.prefill(model, ids if name == "kvcompose" else ids[:, :280], **ASKED.get(name, {}))
         for layer, store in enumerate(whole.enforcer.layers):
             ours[f"{name}.keys.{layer}"], ours[f"{name}.scores.{layer}"] = View(store).keys, View(store).state("score")
     del os.environ["KVBUDGET_CACHE"]
     return theirs, ours
+
+
+def held(store):
+    """Which of 300 positions each head of a layer holds: bool ``[1, 2, 300]``."""
+    view, found = View(store), torch.zeros(1, 2, 301, dtype=torch.bool)
+    return found.scatter(2, view.positions.masked_fill(~view.valid, 300).long(), True)[..., :300]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_both_keep_the_same_entries(both, name):
+    theirs, ours = both
+    for layer in range(2):
+        if name == "adakv":
+            kept = theirs[f"{name}.{layer}"]
+        else:
+            apart = (theirs[f"{name}.keys.{layer}"][..., None, :] - ours[f"keys.{layer}"][:, :, None]).abs().amax(-1)
+            assert float(apart.min(-1).values.max()) < 1e-3
+            kept = torch.zeros(1, 2, 300, dtype=torch.bool).scatter_(2, apart.argmin(-1), True)
+        found = ours[f"{name}.{layer}"]
+        assert int(kept.sum()) == 2 * KEPT[name][2]
+        if name == "tova" and not torch.equal(found, kept):
+            # kvpress keeps the newest entry whatever its weight; the paper's rule has no exception, and keeps one other instead.
+            assert (kept & ~found).nonzero()[:, 2].tolist() == [299, 299] and (found & ~kept).sum() == 2
+        else:
+            assert torch.equal(found, kept)
+
+
+def test_accumulated_attention_is_the_sum_of_which_the_peer_takes_the_mean(both):
+    """H2O's paper adds up what the queries pay; kvpress divides by how many of them see the entry."""
+    theirs, ours = both
+    for layer in range(2):
+        seen_by = torch.arange(300, 0, -1)
+        expected = theirs[f"h2o.{layer}"] * seen_by
+        ratio = ours[f"h2o.{layer}"] / expected
+        torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", PAIRS)

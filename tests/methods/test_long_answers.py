@@ -5,6 +5,7 @@ import torch
 from brute import kept_positions
 
 from kvbudget.cache import KVCache
+from kvbudget.calibrate import calibrate
 from tiny import random_text, tiny_model
 
 PROMPT, TOKENS, BUDGET = 200, 1000, 96
@@ -16,12 +17,40 @@ POLICIES = (
     "roco",
     "expected_attention",
     "lacache(before=7, after=2, positions=cache)",
+    "corm(window=32)",
+    "fastgen",
+    "h2o",
+    "tova",
+    "lagkv(lag=16)",
+    "keydiff(recent=16)",
+    "pagedeviction",
 )
+CALIBRATED = {
+    "qfilters": "recent=16",
+    "locret": "recent=16",
+    "fast_kvzip": "window=16",
+    "kvzap": "window=32",
+    "wg_kv": "window=32",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_thousand_tokens(policy):
+    run(policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_thousand_tokens_of_calibrated_methods(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
+    steps = {} if name in ("qfilters", "kvzap") else {"steps": 2}
+    calibrate(name, model, texts=[random_text(96)[0]], count=1, length=96, **steps)
+    run(f"{name}({CALIBRATED[name]})")
+
+
+def run(policy):
     layers = 2 if "group" in policy else 1
     model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=layers)
     cache = KVCache(model, policy, BUDGET)

@@ -12,12 +12,16 @@ from kvbudget.calibrate import calibrate as fit
 from kvbudget.cli.shell import notice
 from kvbudget.errors import PolicyError
 from kvbudget.eval.texts import default_source, passages
-from kvbudget.models import load
+from kvbudget.models import fingerprint, load
+from kvbudget.policy.artifact import default_path
 from kvbudget.policy.policy import parse_terms
 
 
 def calibrate(
-    method: Annotated[str, typer.Argument(help='A method that needs it, such as razor_attention or "name(x=1)".')],
+    method: Annotated[
+        str,
+        typer.Argument(help='A method that needs it, such as razor_attention or "name(x=1)", or several joined by +.'),
+    ],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Short name, hub id, folder or .gguf file.")
     ] = "smollm2-135m",
@@ -31,8 +35,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Which passages of the texts.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    missing: Annotated[bool, typer.Option("--missing", help="Leave out what this model has a calibration of.")] = False,
 ) -> None:
-    """Find out what a method needs to know about a model, and keep it for every later run.
+    """Find out what methods need to know about a model, and keep it for every later run.
 
     Fits to texts go on where they were stopped.
 
@@ -41,19 +46,23 @@ def calibrate(
     [dim]$[/dim] kvbudget calibrate "qfilters(count=8)" --text corpus/
     """
     terms = parse_terms(method)
-    if len(terms) != 1:
-        raise PolicyError(f"{method!r} names {len(terms)} methods; calibrate them one by one")
-    ((name, parameters),) = terms
-    calibration = build(name, **parameters)
+    if output is not None and len(terms) > 1:
+        raise PolicyError(f"{method!r} names {len(terms)} methods, which do not go into one file; leave out --output")
+    calibrations = [build(name, **parameters) for name, parameters in terms]
+    if text is not None and not any(isinstance(calibration, TextCalibration) for calibration in calibrations):
+        raise PolicyError(f"the calibration of {method} reads no texts; leave out --text")
     network, tokenizer = load(model, dtype=dtype, device=device)
-    texts = None
-    if isinstance(calibration, TextCalibration):
-        texts = passages(tokenizer, calibration.length, calibration.count, seed=seed, source=text)
-        notice(f"{calibration.count} texts of {calibration.length} tokens from {text or default_source()}")
-    elif text is not None:
-        raise PolicyError(f"the calibration of {name} reads no texts; leave out --text")
-    notice(f"fitting {name} to {model}")
-    print(fit(name, network, output, texts=texts, progress=_progress if texts else None, **parameters))
+    for (name, parameters), calibration in zip(terms, calibrations, strict=True):
+        path = output or default_path(name, fingerprint(network))
+        if missing and path.is_file():
+            notice(f"{name} is there: {path}")
+            continue
+        texts = None
+        if isinstance(calibration, TextCalibration):
+            texts = passages(tokenizer, calibration.length, calibration.count, seed=seed, source=text)
+            notice(f"{calibration.count} texts of {calibration.length} tokens from {text or default_source()}")
+        notice(f"fitting {name} to {model}")
+        print(fit(name, network, output, texts=texts, progress=_progress if texts else None, **parameters))
 
 
 def _progress(done: int, total: int) -> None:

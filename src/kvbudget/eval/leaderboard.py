@@ -24,7 +24,8 @@ def leaderboard(cells: Cells) -> str:
         "",
         f"{first['dtype']}, seed {first['seed']}. Means with 95% bootstrap intervals over contexts. **Bold**: the best of its "
         "budget; =: cannot be told from the best on the same contexts (paired bootstrap, 95%). A policy that holds more "
-        "entries than the budget says is marked with what it holds and does not compete for the best.",
+        "entries than the budget says is marked with what it holds and does not compete for the best. Where a policy was run on "
+        "fewer contexts, those are the first of the others', and it is compared on them.",
         "",
     ]
     for name in dict.fromkeys(map(title, cells)):
@@ -41,12 +42,12 @@ def leaderboard(cells: Cells) -> str:
 def commands(cells: Cells) -> str:
     """The command lines that measure these cells again, one per set of tasks that share policies, budgets and counts."""
     tasks: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys(map(title, cells)):
-        mine = [c for c in cells if title(c) == name]
+    for name, count in dict.fromkeys((title(c), c["count"]) for c in cells):
+        mine = [c for c in cells if (title(c), c["count"]) == (name, count)]
         policies = dict.fromkeys(c["policy"] for c in mine if c["policy"] != "full")
         budgets = dict.fromkeys(c["budget"] for c in mine if c["budget"] != "full")
         first = mine[0]
-        shared = (first["model"], first["dtype"], ",".join(policies), ",".join(budgets), first["count"], first["seed"])
+        shared = (first["model"], first["dtype"], ",".join(policies), ",".join(budgets), count, first["seed"])
         tasks.setdefault(shared, []).append(name)
     return "\n".join(
         f"kvbudget bench --model {model} --dtype {dtype} --policy '{policies or 'full'}' --budget '{budgets or 'full'}' "
@@ -66,11 +67,14 @@ def shown(headline: str, value: float) -> float:
 
 
 def against_best(cell: dict[str, Any], best: dict[str, Any]) -> str:
-    """``best``, ``=`` where the two cannot be told apart on the same contexts, else nothing."""
+    """``best``, ``=`` where the two cannot be told apart on the same contexts, else nothing.
+
+    A cell of fewer contexts does not become the best of all; where it beats it on those, it is said to be ``better``.
+    """
     if cell is best:
         return "best"
-    one, other = (values(c) for c in (cell, best))
-    return "=" if len(one) == len(other) and compare(one, other)[0] == "cannot tell" else ""
+    better = "higher" if cell["higher_is_better"] else "lower"
+    return {"cannot tell": "=", better: "better"}.get(compare(*paired(cell, best))[0], "")
 
 
 def values(cell: dict[str, Any]) -> list[float]:
@@ -78,10 +82,17 @@ def values(cell: dict[str, Any]) -> list[float]:
     return [example["scores"][cell["headline"]] for example in cell["examples"]]
 
 
+def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """The headline scores of the contexts that both cells have: a cell of fewer contexts has the first ones."""
+    number = min(len(one["examples"]), len(other["examples"]))
+    return values(one)[:number], values(other)[:number]
+
+
 def best_of(cells: Cells) -> dict[str, Any]:
-    """The cell with the best mean among those that stay in their budget, if there are any."""
+    """The cell with the best mean among those that stay in their budget, if there are any, and have all contexts."""
     sign = 1.0 if cells[0]["higher_is_better"] else -1.0
-    fair = [c for c in cells if not excess(c)] or cells
+    most = max(len(c["examples"]) for c in cells)
+    fair = [c for c in cells if not excess(c) and len(c["examples"]) == most] or cells
     return max(fair, key=lambda c: sign * c["scores"][c["headline"]]["mean"])
 
 
@@ -119,7 +130,7 @@ def _task(name: str, cells: Cells) -> Iterator[str]:
         yield f"| policy | {' | '.join(budgets)} |"
         yield "|---|" + "---|" * len(budgets)
     for policy in ranked:
-        texts = [_cell(rows[policy].get(budget), best[budget]) for budget in budgets]
+        texts = [_cell(rows[policy].get(budget), best[budget], done) for budget in budgets]
         yield f"| {policy} | {' | '.join(texts)} |"
     keepers = [rows[policy]["full"] for policy in rows if policy != "full" and "full" in rows[policy]]
     if keepers:
@@ -131,7 +142,7 @@ def _task(name: str, cells: Cells) -> Iterator[str]:
     for cell in keepers:
         costs = cell["costs"]
         size, share = format_bytes(int(costs["nbytes"])), costs["nbytes"] / costs["full_bytes"]
-        yield f"| {cell['policy']} | {_interval(cell)} | {size} | {share:.0%} |"
+        yield f"| {cell['policy']} | {_interval(cell)}{_fewer(cell, done)} | {size} | {share:.0%} |"
     yield ""
 
 
@@ -219,11 +230,18 @@ def _ranked(rows: dict[str, dict[str, Any]], budgets: Sequence[str], higher: boo
     return sorted(rows, key=key)
 
 
-def _cell(cell: dict[str, Any] | None, best: dict[str, Any]) -> str:
+def _cell(cell: dict[str, Any] | None, best: dict[str, Any], contexts: int) -> str:
     if cell is None:
         return "failed"
     mark = f"({excess(cell)})" if excess(cell) else against_best(cell, best)
-    return f"**{_interval(cell)}**" if mark == "best" else f"{_interval(cell)} {mark}".rstrip()
+    text = f"**{_interval(cell)}**" if mark == "best" else f"{_interval(cell)} {mark}".rstrip()
+    return text + _fewer(cell, contexts)
+
+
+def _fewer(cell: dict[str, Any], contexts: int) -> str:
+    """What is said of a cell that ran on fewer contexts than its table."""
+    number = len(cell["examples"])
+    return f" ({number} contexts)" if number < contexts else ""
 
 
 def _interval(cell: dict[str, Any]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from kvbudget.budget import Budget
 from kvbudget.errors import PolicyError
-from kvbudget.eval.leaderboard import commands, excess
+from kvbudget.eval.leaderboard import commands, excess, paired
 from kvbudget.eval.results import informative, title
-from kvbudget.eval.stats import bootstrap_over
+from kvbudget.eval.stats import bootstrap_over, compare
 from kvbudget.methods import parse
 
 Cells = Sequence[dict[str, Any]]
@@ -40,9 +40,8 @@ def ranking(cells: Cells) -> dict[str, Any]:
         mine = [c for c in useful if c["visible"] == visible or not c["labeled"]]
         if not any(c["visible"] == visible for c in mine):
             continue
-        tasks = {title(c) for c in mine if c["policy"] != "full"}
-        budgets = {c["budget"]: Budget.parse(c["budget"]) for c in useful if c["budget"] != "full"}
-        fractions = {text: budget.amount for text, budget in budgets.items() if budget.kind == "fraction"}
+        fractions = {c["budget"]: amount for c in useful if (amount := _budget(c, "fraction"))}
+        tasks = {title(c) for c in mine if c["budget"] in fractions}
         for text, share in sorted(fractions.items(), key=lambda item: -item[1]):
             policies = _policies([c for c in mine if c["budget"] == text], tasks)
             if policies:
@@ -51,6 +50,7 @@ def ranking(cells: Cells) -> dict[str, Any]:
         "model": cells[0]["model"],
         "commands": commands(cells).split("\n"),
         "divergences": divergences(cells),
+        "equal_bytes": at_equal_bytes(cells),
         "situations": situations,
     }
 
@@ -60,7 +60,7 @@ def divergences(cells: Cells) -> dict[str, str]:
     found: dict[str, dict[str, str]] = {}
     for cell in cells:
         score = (cell.get("scores") or {}).get("log_kl")
-        if cell.get("error") or score is None or cell.get("labeled"):
+        if cell.get("error") or score is None or cell.get("labeled") or _budget(cell, "bytes"):
             continue
         try:
             names = parse(cell["policy"]).names
@@ -71,6 +71,30 @@ def divergences(cells: Cells) -> dict[str, str]:
             # Of several forms or tasks the first counts, which is the one that the matrix lists first.
             found.setdefault(names[0], {}).setdefault(str(cell["budget"]), f"{math.exp(score['mean']):.2g}{held}")
     return {name: ", ".join(f"{budget}: {kl}" for budget, kl in budgets.items()) for name, budgets in found.items()}
+
+
+def at_equal_bytes(cells: Cells, control: str = "random") -> dict[str, str]:
+    """Method and its KL over that of the ``control`` inside the same bytes, by share of the full cache's bytes.
+
+    A policy of several methods counts for the last one. ``=`` says that the two cannot be told apart on the same contexts.
+    """
+    found: dict[str, dict[str, str]] = {}
+    measured = [c for c in cells if c.get("headline") == "log_kl" and not c["error"] and _budget(c, "bytes")]
+    controls = {(title(c), c["budget"]): c for c in measured if c["policy"] == control}
+    for cell in measured:
+        other = controls.get((title(cell), cell["budget"]))
+        if other is not None and other is not cell:
+            verdict, apart = compare(*paired(cell, other))
+            share = _budget(cell, "bytes") / other["costs"]["full_bytes"]
+            text = f"{math.exp(apart.mean):.2g}x" + (" (=)" if verdict == "cannot tell" else "")
+            found.setdefault(parse(cell["policy"]).names[-1], {}).setdefault(f"{share:.0%}", text)
+    return {name: ", ".join(f"{share}: {text}" for share, text in row.items()) for name, row in found.items()}
+
+
+def _budget(cell: dict[str, Any], kind: str) -> float:
+    """The amount of a cell's budget where it is of this kind, else 0."""
+    budget = Budget.parse(None if cell["budget"] == "full" else cell["budget"])
+    return budget.amount if budget.kind == kind else 0.0
 
 
 def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
@@ -85,8 +109,8 @@ def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
     ranked = sorted(means, key=lambda policy: -means[policy])
     table = {}
     for policy in ranked:
-        # The same contexts, task by task; every task weighs the same, however many contexts it has.
-        pairs = [zip(whole[ranked[0]][task], whole[policy][task], strict=True) for task in sorted(tasks)]
+        # The same contexts, task by task; every task weighs the same, however many contexts it has. Fewer are the first ones.
+        pairs = [zip(whole[ranked[0]][task], whole[policy][task], strict=False) for task in sorted(tasks)]
         behind = bootstrap_over([[best - own for best, own in pair] for pair in pairs])
         table[policy] = {"utility": round(means[policy], 4), "behind": [round(behind.low, 4), round(behind.high, 4)]}
     return table

@@ -47,8 +47,9 @@ class Corm(Recipe):
     Paper: Dai et al., arXiv 2404.15949, 2024. A key is important to query t when it gets at least 1 / t of its attention (t
     the length of the text so far, also after evictions; that reading is not verified); the newest ``recent`` entries always
     stay. Heads differ in size, and the size follows from the text. Over a GQA group one head's vote is enough (the paper is
-    MHA). With a budget the heads get what they ask for in proportion, and entries that were important longest ago leave
-    first. Claim: up to 70% of the cache gone with no notable loss on LongBench. No official code.
+    MHA). With a budget the heads get what they ask for in proportion, entries that were important longest ago leave first,
+    and the newest that always stay are half of it at most. Claim: up to 70% of the cache gone with no notable loss on
+    LongBench. No official code.
 
     Attributes:
         window: queries that vote (paper: 256).
@@ -78,6 +79,6 @@ class Corm(Recipe):
             "scorer": LastImportant(self.window, self.strength),
             "heads": ByDemand(),
             "threshold": 0.0,
-            "protect": Protect(recent=self.recent or self.window),
+            "protect": Protect(recent=self.recent or self.window, most=0.5),
             "trigger": Trigger(every=self.every),
         }

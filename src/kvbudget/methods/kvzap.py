@@ -17,12 +17,13 @@ from kvbudget.policy.gates import Gated, LinearGate
 class KVzap(Recipe):
     """Drops entries older than ``window`` whose predicted log score is below ``-depth``; needs no budget.
 
-    Paper: Jegou and Jeblick, arXiv 2601.07891, 2026, section 3. A linear map per layer predicts the logarithm of the highest
-    attention that an entry would get while the model repeats the text (KVzip); a token is scored when it comes, and leaves
-    when the window has passed it. How much is kept follows from the text; with a budget the heads get what they ask for in
-    proportion. ``kvbudget calibrate kvzap --model M`` trains it by forward passes. The gate reads the token's queries, keys
-    and values before RoPE instead of the hidden state that they are linear maps of, and the target leaves out the norm of
-    the value's output (KVzip+). Claim: 2 to 4 times smaller caches with negligible loss.
+    Paper: Jegou and Jeblick, arXiv 2601.07891, 2026, section 3. A linear map per layer predicts the logarithm of the
+    highest attention that an entry would get while the model repeats the text (KVzip); a token is scored when it comes, and
+    leaves when the window has passed it. How much is kept follows from the text; with a budget the heads get what they ask
+    for in proportion, and the window shrinks to half of it. ``kvbudget calibrate kvzap --model M`` trains it by forward
+    passes. The gate reads the token's queries, keys and values before RoPE instead of the hidden state that they are linear
+    maps of, and the target leaves out the norm of the value's output (KVzip+). Claim: 2 to 4 times smaller caches with
+    negligible loss.
 
     Attributes:
         depth: entries leave below ``exp(-depth)`` (paper: 3 to 6).
@@ -54,7 +55,7 @@ class KVzap(Recipe):
             "scorer": Gated(LinearGate(), self.weights),
             "heads": ByDemand(-self.depth),
             "threshold": -self.depth,
-            "protect": Protect(recent=self.window),
+            "protect": Protect(recent=self.window, most=0.5),
             "trigger": Trigger(every=self.every),
         }
 

@@ -16,11 +16,11 @@ class Locret(Recipe):
     """Keeps the newest ``recent`` entries and, per KV head, those that a trained head expects to be attended to later.
 
     Paper: Huang et al., arXiv 2410.01805, 2024, section 3. ``score = act([q; k; v] W1) W2`` per layer, from a token's own
-    projections before RoPE, trained on the highest attention that it gets from an answer; it does not change later, so
-    chunks of the prompt can be evicted one after the other. The newest entries ("stabilizers") stay after every chunk.
-    ``kvbudget calibrate locret --model M`` trains it. Projections are scaled to a root mean square of 1 first, and the head
-    is narrower than the paper's 1024. Claim: 20 times smaller caches, 128k tokens on one consumer GPU. The reference numbers
-    positions inside the cache (``positions="cache"``).
+    projections before RoPE, trained on the logarithm of the highest attention that it gets from what follows. It does not
+    change later, so chunks of the prompt can be evicted one after the other. The newest entries ("stabilizers") always
+    stay. ``kvbudget calibrate locret --model M`` trains it. Projections are scaled to a root mean square of 1 first, and
+    the head is narrower than the paper's 1024. Claim: 20 times smaller caches, 128k tokens on one consumer GPU. The
+    reference numbers positions inside the cache (``positions="cache"``).
 
     Attributes:
         recent: newest entries that always stay (paper: 2500 after each chunk, 100 of the prompt in the end).

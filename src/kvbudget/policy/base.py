@@ -301,12 +301,23 @@ class Destination(Part, ABC):
 class Protect(Part):
     """Entries that are kept whatever the scorer says: the first ``sinks`` and the last ``recent`` positions.
 
-    ``recent_share`` protects that share of a head's kept entries as newest ones instead of a fixed number.
+    ``recent_share`` protects that share of a head's kept entries as newest ones instead of a fixed number. Where ``most`` is
+    below 1, the last ``recent`` positions shrink to that share of a budget that would otherwise be spent on them.
     """
 
     sinks: int = 0
     recent: int = 0
     recent_share: float = 0.0
+    most: float = 1.0
+
+    @property
+    def firm(self) -> int:
+        """The last positions that no budget shrinks."""
+        return self.recent if self.most >= 1 else 0
+
+    def window(self, mean: float) -> int:
+        """The last positions that are kept when a head keeps ``mean`` entries."""
+        return self.recent if self.most >= 1 else int(min(self.recent, self.most * mean))
 
 
 @dataclass(frozen=True)

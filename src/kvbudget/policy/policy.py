@@ -259,4 +259,5 @@ def _both(one: Protect, other: Protect) -> Protect:
         sinks=max(one.sinks, other.sinks),
         recent=max(one.recent, other.recent),
         recent_share=max(one.recent_share, other.recent_share),
+        most=min(one.most, other.most),
     )

@@ -10,15 +10,20 @@ from kvbudget.policy.base import Protect
 
 
 def protected_entries(
-    positions: Tensor, seen: Sequence[int], protect: Protect, spans: Sequence[tuple[int, int]]
+    positions: Tensor,
+    seen: Sequence[int],
+    protect: Protect,
+    spans: Sequence[tuple[int, int]],
+    means: Sequence[float] | None = None,
 ) -> Tensor:
     """Entries that must stay: bool, shape of ``positions [B, Hkv, T]`` (-1 marks empty cells).
 
-    ``spans`` are half-open ranges of positions that the user has marked.
+    ``spans`` are half-open ranges of positions that the user has marked; ``means [B]`` is what a head keeps (None: all).
     """
     mask = torch.zeros_like(positions, dtype=torch.bool)
     if protect.recent:
-        first = [max(0, length - protect.recent) for length in seen]
+        means = means or [float("inf")] * len(seen)
+        first = [max(0, length - protect.window(mean)) for length, mean in zip(seen, means, strict=True)]
         even = len(set(first)) == 1
         mask |= positions >= (first[0] if even else torch.tensor(first, device=positions.device)[:, None, None])
     for start, end in [(0, protect.sinks), *spans] if protect.sinks else spans:
