@@ -16,6 +16,7 @@ from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.lane import Lane
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
@@ -372,11 +373,12 @@ class LayerCache:
         absorber = len(self.main) - 1 - len(self._trail())
         for index, segment in enumerate(self.main):
             end = begin + segment.longest
-            if index == absorber < len(self.main) - 1 and isinstance(segment, DenseSegment):
+            part = keep[:, begin:end]
+            if index == absorber < len(self.main) - 1 and isinstance(segment, DenseSegment | QuantizedSegment):
                 # With room for what will join it, so that it moves once.
-                segment.take(keep[:, begin:end], [spare + n for n in keep[:, end:].sum(1).tolist()])
+                segment.take(part, [spare + n for n in keep[:, end:].sum(1).tolist()])
             else:
-                segment.take(keep[:, begin:end], spare if segment is self.main[-1] else 0)
+                segment.take(part, spare if index == absorber == len(self.main) - 1 else 0)
             begin = end
         self._consolidate(spare)
         if self.apart and self.shift is None:

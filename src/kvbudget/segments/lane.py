@@ -11,6 +11,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
 
@@ -95,10 +96,10 @@ class Lane:
         return done
 
     def apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
-        """The new entries as a segment, where the last one is dense, full and not to grow."""
+        """The new entries as a segment, where the last one is full and not to grow."""
         last = self.main[-1]
         table = last.meta
-        if type(last) is not DenseSegment or table.limits is None:
+        if type(last) not in (DenseSegment, QuantizedSegment) or table.limits is None:
             return None
         if all(n < max(c, most) for n, c, most in zip(table.lengths, table.capacities, table.limits, strict=True)):
             return None
@@ -106,7 +107,7 @@ class Lane:
         fresh = {"key": key.reshape(rows, -1).clone(), "value": value.reshape(rows, -1).clone()}
         fresh["position"] = torch.tensor(seen, dtype=torch.int32).repeat_interleave(rows // len(seen))
         segment = DenseSegment(rows)
-        columns = {name: fresh[name] if name in fresh else torch.zeros(rows) for name in table.columns}
+        columns = fresh | {name: torch.zeros(rows) for name in table.columns if name not in fresh}
         segment.meta = RaggedTable.of(columns, [1] * rows)
         return segment
 
