@@ -85,6 +85,15 @@ def test_keys_per_channel_come_before_keys_per_entry(fidelity):
     assert fidelity(KIVI_2).kl_mean < 0.7 * per_entry.kl_mean
 
 
+def test_more_entries_in_fewer_bits_come_before_fewer_in_more(fidelity):
+    """A fifth of the bytes of a 16-bit cache: 8 bits hold nearly twice the entries (More Tokens, Lower Precision)."""
+    budget = f"{CONTEXT * 4608}B"  # 30 layers of 3 heads with 64 elements, keys and values, in 2 bytes: 23040 a token
+    more, fewer = (
+        fidelity(policy, budget).kl_mean for policy in ("quantized_pruning(bits=8, residual=0)", "snapkv+bf16")
+    )
+    assert more < 0.8 * fewer
+
+
 def test_what_papers_order_of_calibrated_codecs_is_so(fidelity, smollm2, tmp_path):
     """KVQuant's outliers help its 3 bits, and AQUA-KV's predictors come before KIVI at 2, fitted to a passage or two."""
     model, tokenizer = smollm2
