@@ -43,23 +43,21 @@ KV_INLINE void transpose(const uint8_t* rows, int64_t stride, int words, uint32_
     }
 }
 
-// Adds the products of one code of every word; query m begins at q + m * q_stride and takes every fourth channel.
+// Adds the products of one code of each of Step words: the query of word j stands at q + 4 * j.
 template <int Shift, int Step, int MT, int P>
-KV_INLINE void add_codes(const uint32_t* w, int words, uint32_t mask, const float* q, int64_t q_stride, vf (&acc)[P][MT][2]) {
-  const vu masks = vu{} + mask;
-  for (int i = 0; i < words; i += Step, w += Step * kLanes, q += 4 * Step)
+KV_INLINE void add_codes(const uint32_t* w, vu mask, const float* q, int64_t q_stride, vf (&acc)[P][MT][2]) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Step; ++j) {
-      const vu a = load_words(reinterpret_cast<const uint8_t*>(w + j * kLanes));
-      const vu b = load_words(reinterpret_cast<const uint8_t*>(w + j * kLanes + W));
-      const vf k[2] = {to_float(Shift ? a >> Shift : a & masks), to_float(Shift ? b >> Shift : b & masks)};
+  for (int j = 0; j < Step; ++j) {
+    const vu a = load_words(reinterpret_cast<const uint8_t*>(w + j * kLanes));
+    const vu b = load_words(reinterpret_cast<const uint8_t*>(w + j * kLanes + W));
+    const vf k[2] = {to_float(Shift ? a >> Shift : a & mask), to_float(Shift ? b >> Shift : b & mask)};
 #pragma GCC unroll 4
-      for (int m = 0; m < MT; ++m) {
-        const vf x = splat(q[m * q_stride + 4 * j]);
-        fma(acc[j % P][m][0], x, k[0]);
-        fma(acc[j % P][m][1], x, k[1]);
-      }
+    for (int m = 0; m < MT; ++m) {
+      const vf x = splat(q[m * q_stride + 4 * j]);
+      fma(acc[j % P][m][0], x, k[0]);
+      fma(acc[j % P][m][1], x, k[1]);
     }
+  }
 }
 
 template <int Bits, int Step, int MT>
@@ -67,7 +65,6 @@ void dot_lanes(const uint8_t* rows, int64_t stride, int64_t ahead, int n, const 
                const float* start, uint32_t* turned, float* out, int64_t out_stride) {
   // Chains of additions hide each other's latency; more of them than this cost registers.
   constexpr int P = KV_QUERY_TILE < 4 ? 1 : MT == 1 ? 4 : MT == 2 ? 2 : 1;
-  constexpr int last = 32 / Bits - 1;
   for (int t = 0; t < n; t += kLanes, rows += kLanes * stride) {
     if (ahead)
       for (int64_t p = 0; p < kLanes * stride; p += 64) __builtin_prefetch(rows + ahead + p, 0, 2);
@@ -77,11 +74,20 @@ void dot_lanes(const uint8_t* rows, int64_t stride, int64_t ahead, int n, const 
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m) acc[p][m][0] = acc[p][m][1] = p ? vf{} : splat(start[m]);
+    for (int c = 0; c < words; c += Step) {
+      const uint32_t* w = turned + c * kLanes;
+      const float* x = q + 4 * c;
+      vu planes = vu{} + ((1u << Bits) - 1u);
 #pragma GCC unroll 1
-    for (int s = 0; s < last; ++s)
-      add_codes<0, Step, MT, P>(turned, words, ((1u << Bits) - 1u) << (8 * (s % 4) + Bits * (s / 4)), q + s % 4 + s / 4 * 4 * words,
-                          q_stride, acc);
-    add_codes<32 - Bits, Step, MT, P>(turned, words, 0, q + 3 + last / 4 * 4 * words, q_stride, acc);
+      for (int h = 0; h < 8 / Bits - 1; ++h, x += 4 * words, planes <<= Bits) {
+        vu mask = planes;
+#pragma GCC unroll 1
+        for (int i = 0; i < 4; ++i, mask <<= 8) add_codes<0, Step, MT, P>(w, mask, x + i, q_stride, acc);
+      }
+#pragma GCC unroll 1
+      for (int i = 0; i < 3; ++i, planes <<= 8) add_codes<0, Step, MT, P>(w, planes, x + i, q_stride, acc);
+      add_codes<32 - Bits, Step, MT, P>(w, planes, x + 3, q_stride, acc);  // these would be negative where they stand
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 2

@@ -73,10 +73,7 @@ KV_INLINE vf load_halves(const uint8_t* low, const uint8_t* high) {
 }
 
 // Hides where a pointer comes from, so that what is loaded through it is loaded again rather than kept in a register.
-KV_INLINE const uint8_t* hidden(const uint8_t* p) {
-  __asm__ volatile("" : "+r"(p));
-  return p;
-}
+KV_INLINE void hide(const uint8_t*& p) { __asm__ volatile("" : "+r"(p)); }
 
 KV_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX__) && !defined(__clang__)
