@@ -127,13 +127,11 @@ class LayerCache:
 
     def kept(self) -> list[list[int]]:
         """Entries held per sequence and KV head, demoted and merged ones included."""
-        rows = [sum(segment.lengths[r] for segment in self.segments) for r in range(self.num_rows)]
-        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+        return self._by_sequence(self._lengths(self.segments))
 
     def evictable(self) -> list[list[int]]:
         """Entries per sequence and KV head that the policy may evict."""
-        rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
-        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+        return self._by_sequence(self._lengths(self.main))
 
     @property
     def rests(self) -> bool:
@@ -143,8 +141,7 @@ class LayerCache:
     @property
     def longest(self) -> int:
         """Entries of the longest row that the policy may evict from."""
-        main = self.main
-        return max(main[0].meta.lengths) if len(main) == 1 else max(self._main_lengths(), default=0)
+        return max(self._lengths(self.main), default=0)
 
     def start(self, batch_size: int) -> None:
         """Fixes the batch size of an empty layer."""
@@ -309,7 +306,7 @@ class LayerCache:
             segment.seal(asked)
         self._leave_lane()
         if self.page > 1:
-            self.paged = [length // self.page * self.page for length in self._main_lengths()]
+            self.paged = [length // self.page * self.page for length in self._lengths(self.main)]
         self.rest = min((segment.rest for segment in self.segments), default=0) if self.page == 1 else 0
         if self.window is not None:
             self.rest = min(self.rest, self.window - 1 + WINDOW_OVERRUN - self.longest)
@@ -368,19 +365,22 @@ class LayerCache:
     def evict(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
         begin, self.rest = 0, -1
-        before = self._main_lengths()
+        before = self._lengths(self.main)
         moves = self._moves(keep) if self.moving else None
-        absorber = len(self.main) - 1 - len(self._trail())
+        trail = self._trail()
+        absorber = len(self.main) - 1 - len(trail)
         for index, segment in enumerate(self.main):
             end = begin + segment.longest
             part = keep[:, begin:end]
-            if index == absorber < len(self.main) - 1 and isinstance(segment, DenseSegment | QuantizedSegment):
+            if index == absorber and trail and isinstance(segment, DenseSegment | QuantizedSegment):
                 # With room for what will join it, so that it moves once.
                 segment.take(part, [spare + n for n in keep[:, end:].sum(1).tolist()])
             else:
-                segment.take(part, spare if index == absorber == len(self.main) - 1 else 0)
+                segment.take(part, 0 if trail or index < absorber else spare)
             begin = end
-        self._consolidate(spare)
+        if trail := self._trail():  # of which there may be more now, since what was shared has been copied
+            self.main = self.main[: len(self.main) - len(trail)]
+            self.main[-1].absorb(trail, spare)
         if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
@@ -389,7 +389,7 @@ class LayerCache:
             self._move(moves)
         if not self.apart:
             return
-        gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
+        gone = [old - new for old, new in zip(before, self._lengths(self.main), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
 
     def _moves(self, keep: Tensor) -> list[Tensor]:
@@ -494,7 +494,7 @@ class LayerCache:
             last.truncate([length - tokens for length in last.lengths])
             self.seen = [seen - tokens for seen in self.seen]
             self.marks = [marks[:seen] for marks, seen in zip(self.marks, self.seen, strict=False)]
-            self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
+            self.paged = [min(p, n) for p, n in zip(self.paged, self._lengths(self.main), strict=True)]
             self._limit_room()
 
     def select_sequences(self, index: Sequence[int]) -> None:
@@ -624,21 +624,22 @@ class LayerCache:
         self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
 
     def _trail(self) -> list[Segment]:
-        """Segments that the first one (but for one set apart) can absorb, since no fork reads them."""
+        """Segments that the one before them takes over in an eviction, so that forks do not leave a trail of small ones."""
         segments = self.main[0 if self.shift is None else 1 :]
         return [] if any(segment.shared for segment in segments) else segments[1:]
-
-    def _consolidate(self, spare: int) -> None:
-        """Joins the segments, but for one set apart, so that forks do not leave a trail of small ones."""
-        if trail := self._trail():
-            self.main = self.main[: len(self.main) - len(trail)]
-            self.main[-1].absorb(trail, spare)
 
     def _per_row(self, values: Sequence[Number]) -> list[Number]:
         """Numbers of the sequences, repeated for their KV heads."""
         return [value for value in values for _ in range(self.num_kv_heads)]
 
-    def _main_lengths(self) -> list[int]:
-        if len(self.main) == 1:
-            return self.main[0].lengths
-        return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
+    def _by_sequence(self, rows: list[int]) -> list[list[int]]:
+        heads = self.num_kv_heads
+        return [rows[r : r + heads] for r in range(0, len(rows), heads)]
+
+    def _lengths(self, segments: Sequence[Segment]) -> list[int]:
+        """Entries per row of all these segments."""
+        if len(segments) == 1:
+            return segments[0].meta.lengths
+        if not segments:
+            return [0] * self.num_rows
+        return list(map(sum, zip(*(segment.meta.lengths for segment in segments), strict=True)))

@@ -201,13 +201,13 @@ class RaggedTable:
 
     def reserve(self, capacities: Sequence[int]) -> None:
         """Moves the columns into storages with exactly these row capacities (each at least the row's length)."""
-        assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
         if list(capacities) != self.capacities:
+            assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
             self._lay_out(self.lengths, capacities, None, (), 1)
 
     def trim(self) -> None:
         """Gives back room beyond ``limits`` that was reserved before they were known."""
-        if self.limits is not None:
+        if self.limits is not None and self.columns:
             rows = zip(self.lengths, self.capacities, self.limits, strict=True)
             self.reserve([min(capacity, max(length, limit)) for length, capacity, limit in rows])
 
