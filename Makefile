@@ -46,7 +46,7 @@ bench-quick: $(VENV)/.stamp-eval $(VENV)/.stamp-model
 # All methods for hours; stop it at any time, the same command goes on. Writes docs/results.md, what policy=auto reads, and
 # the measured column of docs/methods.md. Calibrations come first (docs/calibration.md says how long they take).
 bench: $(VENV)/.stamp-eval $(VENV)/.stamp-model
-	@$(BIN)/kvbudget calibrate "$(CALIBRATED)" --text wikitext2 --seed 1 --missing
+	@$(BIN)/kvbudget calibrate "$(CALIBRATED)" --text wikitext2 --missing
 	@set -e; for part in benchmarks/full/*.yaml; do \
 		$(BIN)/kvbudget bench --matrix $$part --results results/bench.jsonl --no-report; done
 	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md --auto src/kvbudget/auto_table.json
