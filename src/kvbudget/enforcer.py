@@ -93,6 +93,23 @@ class Enforcer(Shares):
         parts, heads = self.parts, {layer.num_kv_heads for layer in self.layers}
         return self._rests and not (parts.layers or parts.heads or parts.stages or len(heads) > 1)
 
+    def _allocate(self, index: int, view: View, allocator: LayerAllocator, acts: bool) -> None:
+        """The measurement of a layer and, where it ``acts``, the evictions that follow from it."""
+        layer = self.layers[index]
+        if not self.measured:
+            self.measured = [[] for _ in self.layers]
+        last = self.measured[index] or [None] * layer.batch_size
+        if allocator.measures:
+            self.measured[index] = list(allocator.preference(view, last))
+        if acts and allocator.joint:
+            if layer is self.layers[-1] or allocator.ends_round(index):
+                self.settle_all(view.new_tokens)
+        elif acts:
+            self.settle(layer, view)
+            if allocator.measures and self.measured[index] != last:
+                for earlier in self.layers[:index]:
+                    self.settle(earlier, View(earlier))
+
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""
         return replace(
