@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget.errors import UnsupportedModel
-from kvbudget.layer import WINDOW_OVERRUN
 from kvbudget.models import CacheGeometry
 from kvbudget.policy.base import LookingBack, Parts
 from kvbudget.policy.clusters import HeadClusters
+from kvbudget.segments.entries import WINDOW_OVERRUN
 
 
 @dataclass(frozen=True)

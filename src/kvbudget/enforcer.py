@@ -79,12 +79,19 @@ class Enforcer(Shares):
             return 0
         if parts.scorer is None or (trigger.after_prefill and self.filled):
             return sys.maxsize
-        if not self._rests or parts.layers or parts.heads or parts.stages or trigger.after_prefill:
+        if not self._steady or trigger.after_prefill:
             return 0
         if self.budget.kind == "none":
             return sys.maxsize
-        # A share of a text that is not over yet only grows.
-        return min(int(self._mean(b)) for b in range(layer.batch_size)) - layer.longest
+        # A share of a text that is not over yet only grows; where it has grown, room is made before it is needed.
+        grows = self.budget.kind == "fraction" and self.max_length is None
+        return min(int(self._mean(b)) for b in range(layer.batch_size)) - layer.longest - grows
+
+    @cached_property
+    def _steady(self) -> bool:
+        """Whether all heads of all layers have the same share, which shrinks with nothing."""
+        parts, heads = self.parts, {layer.num_kv_heads for layer in self.layers}
+        return self._rests and not (parts.layers or parts.heads or parts.stages or len(heads) > 1)
 
     def _allocate(self, index: int, view: View, allocator: LayerAllocator, acts: bool) -> None:
         """The measurement of a layer and, where it ``acts``, the evictions that follow from it."""

@@ -38,7 +38,17 @@ class LatestMaximum(Scorer):
 
 
 @dataclass(frozen=True)
-class Clusters(Selector):
+class Levels:
+    """Clusters and how many of them are read; `MPCache` says what each number means."""
+
+    alpha: float = 0.6
+    size: int = 32
+    coarse: float = 0.5
+    fine: float = 0.2
+
+
+@dataclass(frozen=True)
+class Clusters(Levels, Selector):
     """Reads the entries of the best clusters at two levels, for forwards of few tokens.
 
     A cluster of consecutive entries is represented by ``alpha * max + (1 - alpha) * min`` of its keys, channel by channel; its
@@ -48,11 +58,6 @@ class Clusters(Selector):
     """
 
     prefill: ClassVar[bool] = False
-
-    alpha: float = 0.6
-    size: int = 32
-    coarse: float = 0.5
-    fine: float = 0.2
 
     def select(self, reading: Reading) -> Chosen:
         visible = reading.visible
@@ -87,7 +92,7 @@ class Clusters(Selector):
 
 
 @dataclass(frozen=True)
-class MPCache(Recipe):
+class MPCache(Levels, Recipe):
     """Keeps what the end of the prompt looked at, and lets each generated token read the clusters nearest to its query.
 
     Paper: Zeng et al., arXiv 2501.06807, 2025 (NeurIPS), made for secure multi-party computation: similarities are linear.
@@ -116,10 +121,6 @@ class MPCache(Recipe):
     lossless_when_fits = False
 
     static_share: float = 0.2
-    alpha: float = 0.6
-    size: int = 32
-    coarse: float = 0.5
-    fine: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("static_share", "alpha", "coarse", "fine"):

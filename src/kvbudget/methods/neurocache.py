@@ -13,15 +13,8 @@ from kvbudget.segments.selective import Chosen, Reading
 
 
 @dataclass(frozen=True)
-class Neighbors(Selector):
-    """Upper layers read the first ``sinks``, the newest ``window`` and the neighbors of the token among the older entries.
-
-    Of the ``cache`` entries before the window, the ``top`` whose values, normalized as by a layer norm, lie nearest to the
-    value of the query's own token are taken, with the ``followers - 1`` entries behind each, and those of the
-    ``context - 1`` tokens before. The softmax runs over what is read. Layers below the share ``start`` of the depth read all.
-    """
-
-    prefill: ClassVar[bool] = False
+class Search:
+    """What is searched and read; `Neurocache` says what each number means."""
 
     top: int = 16
     followers: int = 2
@@ -30,6 +23,18 @@ class Neighbors(Selector):
     sinks: int = 4
     start: float = 0.75
     cache: int = 16384
+
+
+@dataclass(frozen=True)
+class Neighbors(Search, Selector):
+    """Upper layers read the first ``sinks``, the newest ``window`` and the neighbors of the token among the older entries.
+
+    Of the ``cache`` entries before the window, the ``top`` whose values, normalized as by a layer norm, lie nearest to the
+    value of the query's own token are taken, with the ``followers - 1`` entries behind each, and those of the
+    ``context - 1`` tokens before. The softmax runs over what is read. Layers below the share ``start`` of the depth read all.
+    """
+
+    prefill: ClassVar[bool] = False
 
     def select(self, reading: Reading) -> Chosen:
         weights = reading.probabilities
@@ -61,7 +66,7 @@ class Neighbors(Selector):
 
 
 @dataclass(frozen=True)
-class Neurocache(Recipe):
+class Neurocache(Search, Recipe):
     """Upper layers attend to a recent window and to the stored states nearest to the token's own; generated tokens only.
 
     Paper: Safaya and Yuret, arXiv 2407.02486, 2024 (NAACL), whose model learns to compress the hidden state of a middle
@@ -91,14 +96,6 @@ class Neurocache(Recipe):
     needs = ("queries",)
     lossless_when_fits = False
     prefix_reusable = True
-
-    top: int = 16
-    followers: int = 2
-    context: int = 2
-    window: int = 128
-    sinks: int = 4
-    start: float = 0.75
-    cache: int = 16384
 
     def __post_init__(self) -> None:
         for name in ("top", "followers", "context", "window", "cache"):
