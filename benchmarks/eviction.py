@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from peak_memory import stand_in
+from transformers import AttentionInterface
 
 import kvbudget
+from kvbudget import attention
 
 POLICIES = ("snapkv", "snapkv+adakv", "h2o", "tova", "snapkv+kivi(bits=4)", "snapkv+kivi(bits=2)", "h2o+kivi(bits=4)")
 
@@ -43,7 +45,7 @@ def measure(model: Any, policy: str, entries: int, steps: int) -> dict[str, Any]
         acts: list[float] = []
         calls: list[float] = []
         cache.enforcer.act = spans(cache.enforcer.act, acts)
-        cache.attend = spans(cache.attend, calls)
+        AttentionInterface.register(attention.NAME, spans(attention.attention_function, calls))
         found: dict[str, list[tuple[float, float]]] = {"evicting": [], "after": [], "resting": []}
         kind = "resting"
         for step in range(steps):

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "table.h"
@@ -21,10 +22,12 @@ using namespace kvbudget;
 constexpr int kEntries = 2048, kGroup = 32;
 static const int64_t start = 0, length = kEntries;
 
+using Bytes = std::unique_ptr<uint8_t, decltype(&std::free)>;  // aligned to cache lines, as tensors are
+
 // Random bytes serve: small exponents of bf16 and float32 keep every number finite.
-static std::vector<uint8_t> bytes(size_t n, uint8_t most) {
-  std::vector<uint8_t> data(n);
-  for (uint8_t& b : data) b = static_cast<uint8_t>(std::rand() % (most + 1));
+static Bytes bytes(size_t n, uint8_t most) {
+  Bytes data(static_cast<uint8_t*>(std::aligned_alloc(64, (n + 63) / 64 * 64)), std::free);
+  for (size_t i = 0; i < n; ++i) data.get()[i] = static_cast<uint8_t>(std::rand() % (most + 1));
   return data;
 }
 
@@ -51,14 +54,14 @@ int main(int, char** arguments) {
   const bool dense = bits >= 16;
   const size_t side = static_cast<size_t>(kEntries) * width * bits / 8;  // bytes of keys, and of values
   const size_t copies = stream ? (size_t{128} << 20) / side / 2 : 1;
-  const std::vector<uint8_t> data = bytes(copies * (stream ? 2 : 1) * side, dense ? 0x3e : 0xff);
-  const std::vector<uint8_t> meta = bytes(static_cast<size_t>(kEntries) * width / kGroup * 2, 0x38);
+  const Bytes data = bytes(copies * (stream ? 2 : 1) * side, dense ? 0x3e : 0xff);
+  const Bytes meta = bytes(static_cast<size_t>(kEntries) * width / kGroup * 2, 0x38);
   Operand key{}, value{};
   for (Operand* x : {&key, &value}) {
     x->kind = dense ? Kind::dense : x == &key ? Kind::channel : Kind::token;
     x->type = bits == 32 ? Type::f32 : dense ? Type::bf16 : Type::f16;
-    x->data = data.data();
-    x->scale = x->zero = meta.data();
+    x->data = data.get();
+    x->scale = x->zero = meta.get();
     x->stride = width * bits / 8;
     x->width = width;
     x->bits = bits;
@@ -81,13 +84,13 @@ int main(int, char** arguments) {
   std::vector<unsigned long long> turns, reads;
   for (size_t turn = 0; turn < (once ? 1 : stream ? 3 * copies : 400); ++turn) {
     if (stream) {
-      job.key.data = data.data() + turn % copies * 2 * side;
+      job.key.data = data.get() + turn % copies * 2 * side;
       job.value.data = job.key.data + side;
     }
     const unsigned long long begin = __rdtsc();
     kernels.attend(job, 0, 0, kEntries, aligned, out.data(), lse.data(), nullptr);
     turns.push_back(__rdtsc() - begin);
-    if (stream) reads.push_back(read(data.data() + (turn + copies / 2) % copies * 2 * side, 2 * side));
+    if (stream) reads.push_back(read(data.get() + (turn + copies / 2) % copies * 2 * side, 2 * side));
   }
   const double cycles = stream ? median(turns) : static_cast<double>(*std::min_element(turns.begin(), turns.end())) / kEntries;
   std::printf("head_dim %d, %d queries, %d bits: %.1f cycles per entry (lse %g)\n", width, queries, bits, cycles, lse[0]);

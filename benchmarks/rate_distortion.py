@@ -1,9 +1,10 @@
 """Measures the rate-distortion figure of all codecs: true bits per element, from storage, against KL on real text.
 
-Every codec of the registry in every width that it takes (calibrated ones where `kvbudget calibrate` has been run) codes the
-same contexts, once recorded with the full cache; KL is the mean over the tokens of a continuation in nats, the geometric
-mean over texts. Results are one JSON line per text and codec and are kept: a run that was stopped goes on, and one with new
-codecs measures only those. All codecs at once also write the table and what became of the orderings that papers claim.
+Every codec of the registry in every width that it takes (calibrated ones where `kvbudget calibrate` has been run), and those
+that need a budget or a file (`BUDGETED`, `SAVED`), code the same contexts, once recorded with the full cache; KL is the mean
+over the tokens of a continuation in nats, the geometric mean over texts. Results are one JSON line per text and codec and
+are kept: a run that was stopped goes on, and one with new codecs measures only those. All codecs at once also write the
+table and what became of the orderings that papers claim.
 
     python benchmarks/rate_distortion.py [--model smollm2-135m] [--context 1024] [--texts 4]
 """
@@ -11,18 +12,21 @@ codecs measures only those. All codecs at once also write the table and what bec
 import argparse
 import json
 import math
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 import kvbudget
-from kvbudget.eval.fidelity import continuation_logits
+from kvbudget.eval.fidelity import Fidelity, compare_logits, continuation_logits
 from kvbudget.eval.rate import codecs, measure
-from kvbudget.eval.replay import record, replay
+from kvbudget.eval.replay import Recording, record, replay
 from kvbudget.eval.stats import bootstrap, compare
 from kvbudget.eval.texts import default_source, passages
 from kvbudget.files import written_whole
+from kvbudget.models import CacheGeometry, fingerprint
+from kvbudget.policy.artifact import default_path
 
 # Claims of papers about what is closer to the full cache, at equal or fewer bits: the better policy and the other one.
 CLAIMS = (
@@ -32,6 +36,7 @@ CLAIMS = (
     ("KVQuant: 1% of outliers helps 3 bits", "kvquant", "kvquant(sparsity=0.0)"),
     ("SQuat before KIVI at 2 bits", "squat(bits=2)", "kivi(bits=2, residual=32)"),
     ("RotateKV before KIVI at 2 bits", "rotatekv(bits=2)", "kivi(bits=2)"),
+    ("the same, groups of 32 in both", "rotatekv(bits=2, group=32)", "kivi(bits=2, residual=32)"),
     ("AQUA-KV before KIVI at 2 bits", "aquakv", "kivi(bits=2)"),
     ("CommVQ before KIVI at 2 bits", "commvq", "kivi(bits=2)"),
     ("CommVQ before KVQuant at 2 bits", "commvq", "kvquant(bits=2)"),
@@ -40,9 +45,15 @@ CLAIMS = (
     ("CSR at 1.5 bits before KIVI at 1 bit (2 stored)", "csr", "kivi(bits=1)"),
     ("VidKV at 1.5 bits before KIVI at 1 bit", "vidkv", "kivi(bits=1)"),
     ("TurboQuant at 4 bits before KIVI at 4", "turboquant", "kivi"),
+    ("the same, as many true bits in both", "turboquant", "kivi(bits=3, residual=32)"),
     ("XQuant-CL before XQuant at 3 bits", "xquant_cl", "xquant(bits=3)"),
     ("XQuant before KIVI at 4 bits", "xquant", "kivi"),
+    ("the same, as many true bits in both", "xquant", "kivi(bits=3, residual=32)"),
 )
+# A fifth of the entries in full precision and the others demoted; everything held, entry by entry.
+BUDGETED = (*(f"mikv(bits={b})@20%" for b in (4, 3, 2)), *(f"quantized_pruning(bits={b})@100%" for b in (8, 4, 3, 2)))
+# Caches that were saved and loaded again.
+SAVED = tuple(f"kvtc(ratio={ratio})" for ratio in (5, 10, 20, 40))
 
 
 def main() -> None:
@@ -89,7 +100,7 @@ def main() -> None:
             whole = replay(recording, kvbudget.KVCache(model, "full"))
             full = continuation_logits(model, whole, recording.logits, continuation)
             for policy in missing:
-                bits, fidelity = measure(model, recording, policy, continuation, full, arguments.budget)
+                bits, fidelity = measured(model, recording, policy, continuation, full, arguments.budget)
                 found = {"policy": policy, "bits": round(bits, 4), "kl": fidelity.kl_mean, "rise": fidelity.nll_rise}
                 line = {"text": number, **found, "agreement": fidelity.agreement, **setting}
                 print(json.dumps(line), file=file, flush=True)
@@ -108,7 +119,30 @@ def everything(model) -> list[str]:
     named = [policy for _, *pair in CLAIMS for policy in pair]
     found = codecs(model)
     methods = {policy.partition("(")[0] for policy in found}
-    return list(dict.fromkeys(["full", *found, *(p for p in named if p.partition("(")[0] in methods)]))
+    own = [policy for policy in named if policy.partition("(")[0] in methods]
+    saved = SAVED if default_path("kvtc", fingerprint(model)).exists() else ()
+    return list(dict.fromkeys(["full", *found, *own, *BUDGETED, *saved]))
+
+
+def measured(
+    model, recording: Recording, policy: str, continuation, full, budget: str | None
+) -> tuple[float, Fidelity]:
+    """True bits and fidelity of a policy, of ``policy@budget``, or of a saved cache, ``kvtc(ratio=...)``."""
+    if policy not in SAVED:
+        name, _, own = policy.partition("@")
+        return measure(model, recording, name, continuation, full, own or budget)
+    cache, wide = replay(recording, kvbudget.KVCache(model, "full")), model.dtype.itemsize / 2
+    with tempfile.TemporaryDirectory() as folder:
+        ratio = float(policy.partition("=")[2].rstrip(")"))
+        saved = cache.save(Path(folder) / "cache", "kvtc", ratio=ratio * wide)
+        loaded = kvbudget.KVCache.load(saved.path, model)
+    shape = CacheGeometry.from_config(model.config).layers
+    width = sum(layer.num_kv_heads * (layer.key_head_dim + layer.value_head_dim) for layer in shape)
+    elements = width * recording.ids.shape[1]
+    bits = 16 + 8 * (saved.stream_bytes - saved.coded_bytes / wide) / elements
+    return bits, compare_logits(
+        full, continuation_logits(model, loaded, recording.logits, continuation), continuation[0]
+    )
 
 
 def page(lines: list[dict], setting: dict, figure: Path) -> str:

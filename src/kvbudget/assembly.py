@@ -54,9 +54,10 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         grouped = not parts.sharing.aligned or any(layer.owner is not None for layer in geometry.layers)
         moved = parts.position_mode == "moved" or (grouped and parts.layers is not None)
         if moved or parts.destination is not None or parts.codec is not None:
+            held = "what is coded together holds" if parts.sharing.aligned else "merged layers hold"
             raise PolicyError(
-                f"{policy}: merged layers hold the same entries, as they were merged; allocators over layers, codecs, "
-                "destinations and moved positions do not go with them"
+                f"{policy}: {held} the same entries, as they are; {'allocators over layers, ' if grouped else ''}codecs, "
+                "destinations and moved positions do not go with that"
             )
         ranked = parts.refinement is not None or parts.stages is not None or parts.plan is not None
         if parts.sharing.aligned and (ranked or parts.position_mode != "original"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,19 +15,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvbudget.errors import CacheError
 from kvbudget.layer import AttentionCall
 
-if TYPE_CHECKING:
-    from kvbudget.cache import KVCache
-
 NAME = "kvbudget"
 
 
-class LayerHandle:
-    """Travels through the model in place of a layer's key and value; only our attention function may open it."""
+class LayerHandle(tuple):
+    """Travels through the model in place of a layer's key and value; only our attention function may open it.
 
-    __slots__ = ("cache", "index", "key", "value")
+    It holds ``(cache, layer, key, value)``: the cache, its layer, and the new keys and values.
+    """
 
-    def __init__(self, cache: KVCache, index: int, key: Tensor, value: Tensor) -> None:
-        self.cache, self.index, self.key, self.value = cache, index, key, value
+    __slots__ = ()
 
     def __getattr__(self, name: str) -> NoReturn:
         raise CacheError(
@@ -98,6 +95,12 @@ def attention_function(
         extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
         extra = {name: x for name, x in extra.items() if x is not None}
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, extra | kwargs)
+    cache, layer, new_key, new_value = key
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache.stepping and s_aux is None:
+        answer = cache.step(layer, query, new_key, new_value, scale, softcap)
+        if answer is not None:
+            return answer, None
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise CacheError(
             "a KVCache is for inference: call model.eval(), and the model under torch.inference_mode() or torch.no_grad()"
@@ -107,16 +110,8 @@ def attention_function(
             f"a ready-made mask of shape {tuple(attention_mask.shape)} cannot be used with a KVCache; "
             "pass the 2-D padding mask [batch, tokens] instead"
         )
-    call = AttentionCall(
-        query,
-        key.key,
-        key.value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        window=sliding_window,
-        sink=s_aux,
-    )
-    out = key.cache.attend(key.index, call, attention_mask, kwargs.get("position_ids"))
+    call = AttentionCall(query, new_key, new_value, scale, softcap, sliding_window, s_aux)
+    out = cache.attend(layer.index, call, attention_mask, kwargs.get("position_ids"))
     return out.transpose(1, 2), None
 
 

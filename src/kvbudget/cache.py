@@ -4,90 +4,41 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget import attention
 from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, laid_out, with_trigger
-from kvbudget.attention import LayerHandle, LazyMask, TextLength
+from kvbudget.attending import Attending, AttentionLayer
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
 from kvbudget.costs import entry_cost, overhead_bytes
 from kvbudget.enforcer import Enforcer
-from kvbudget.errors import CacheError, PolicyError
-from kvbudget.guards import check_positions, check_rope_switch, has_gap, rope_switch
-from kvbudget.layer import AttentionCall, LayerCache
+from kvbudget.errors import CacheError
+from kvbudget.guards import rope_switch
+from kvbudget.layer import LayerCache
 from kvbudget.methods import parse
 from kvbudget.models import CacheGeometry, check_supported
 from kvbudget.policy.base import Recipe
 from kvbudget.policy.marks import marks_of
 from kvbudget.policy.policy import Policy
-from kvbudget.policy.view import Queries, View
 from kvbudget.recurrent import leave_inference, shorten
 from kvbudget.report import CacheReport
 from kvbudget.segments import retrospective
-from kvbudget.thinning import Survivors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kvbudget.prefill import Prefilled
     from kvbudget.storage import Saved
 
 
-class AttentionLayer(CacheLayerMixin):
-    """One attention layer as transformers sees it; the entries are in ``store``, which its ``readers`` share."""
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, cache: KVCache, index: int, store: LayerCache, *, sliding: bool) -> None:
-        super().__init__()
-        self.cache, self.index, self.store = cache, index, store
-        self.is_sliding = sliding
-        self.columns = 0
-        self.readers: list[int] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: storage comes with the first entries."""
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hands the new keys and values on to the attention function."""
-        self.is_initialized = True
-        handle = LayerHandle(self.cache, self.index, key_states, value_states)
-        return handle, handle
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The whole text counts: masks are never built for this cache."""
-        return TextLength(self.columns + query_length), 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """No maximum: the text may be longer than what is kept."""
-        return -1
-
-    @property
-    def owns(self) -> bool:
-        """Whether the entries are its own, not those of an earlier layer."""
-        return self.store.layer_idx == self.index
-
-    @property
-    def batch_size(self) -> int:
-        return self.store.batch_size
-
-
-class KVCache(Cache):
+class KVCache(Attending):
     """A cache for ``generate(past_key_values=...)`` that stays inside a budget by a policy.
 
     Args:
@@ -145,177 +96,20 @@ class KVCache(Cache):
                 store = budgeted_layer(model, index, layout, self.parts, self.budget)
                 stores.append(store)
             layers.append(AttentionLayer(self, index, store, sliding=shape.kind == "sliding"))
-        super().__init__(layers=layers)
-        spans = checked_spans(protect)
         cost = entry_cost(layout, self.parts, self.dtype)
         overhead = overhead_bytes(model.config, self.dtype, layout) if self.budget.kind == "bytes" else 0
-        self.enforcer = Enforcer(str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, spans)
-        self.enforcer.check()
-        self.question_visible: bool | None = None
+        enforcer = Enforcer(
+            str(self.policy), self.parts, self.budget, stores, cost, overhead, max_length, checked_spans(protect)
+        )
+        enforcer.check()
+        super().__init__(layers, self.policy, self.parts, enforcer, rope_switch(model.config))
         self._record(False)
-        self.broken: str | None = None
-        self.probing: Any = None
-        self.peak_bytes = 0
-        self._at = {store.layer_idx: i for i, store in enumerate(stores)}
-        self._first = next(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
-        self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, AttentionLayer))
-        self._valid: Tensor | None = None
-        self._calls: dict[int, AttentionCall] = {}
-        self._ready: dict[int, Queries] = {}
-        self._due: list[int] = []
-        self._survivors: Survivors | None = None
-        self._recorded: dict[int, Queries] = {}
-        self._gaps = False
+        self.question_visible: bool | None = None
         self.trail: Tensor | None = None
         self._phi3 = hasattr(model.config, "original_max_position_embeddings")
-        self._rope_switch = rope_switch(model.config)
-        self.prefilled: Prefilled | None = None
         self._model = weakref.ref(model)
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
-
-    # -- what the attention function calls -----------------------------------------------------------------------------
-
-    def attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
-        """Attention of one layer: statistics, eviction and codecs follow the answer. Returns ``[B, Hq, n, Dv]``."""
-        if torch.is_inference_mode_enabled():
-            return self._attend(index, call, mask, position_ids)
-        with torch.inference_mode():
-            return self._attend(index, call, mask, position_ids)
-
-    def _attend(self, index: int, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> Tensor:
-        layer = self.layers[index]
-        if index == self._first:
-            self._begin(call, mask, position_ids)
-        call.window, call.valid = layer.store.window, self._valid
-        owner, asked = self.layers[layer.store.layer_idx], call
-        projection = self.parts.projection if layer.store.layer_idx in self._at else None
-        if projection is not None:
-            call = projection.enter(owner.index, call)
-        merges = self.parts.sharing is not None and self.parts.sharing.merges
-        if index != owner.index and merges:
-            call.face = 1 + owner.readers.index(index)
-            self._calls[index] = call
-        elif index != owner.index:
-            call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
-        elif owner.readers:
-            self._calls[index] = call
-        if self.probing is not None:
-            out, lse, own = layer.store.probe(call)
-            self.probing(index, call, lse, own)
-            if index == self._last:
-                self._valid, self._calls = None, {}
-            return out if projection is None else projection.leave(owner.index, out, asked)
-        self._enter(index)
-        width, thinned = call.query.shape[2], self._survivors
-        big = width > self.parts.trigger.every
-        if self.parts.thinning and big and thinned is None and not self.recording:
-            seen = layer.store.seen or [0] * call.query.shape[0]
-            self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
-        if thinned is not None:
-            call = thinned.take(call)
-        out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
-        queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, steps=call.steps)
-        layer.columns += width
-        if big:
-            self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        if self.parts.sharing is not None:
-            self._ready.setdefault(owner.index, queries)
-            if index == (owner.readers or [index])[-1]:
-                self._answered(owner.index, owner.readers if merges else ())
-        elif self.recording:
-            self._recorded[index] = queries
-        else:
-            self._finish(index, queries)
-        if self._survivors is not None:
-            self._survivors = self._survivors.after(layer.store)
-        if index == self._last:
-            self._end(big)
-        if thinned is not None:
-            return thinned.spread(out, width)
-        return out if projection is None else projection.leave(owner.index, out, asked)
-
-    def _answered(self, index: int, others: Sequence[int]) -> None:
-        """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered.
-
-        ``others`` are the layers above whose entries lie beside its own.
-        """
-        own = self._calls.pop(index, None)
-        if own is not None:
-            calls = [own, *(self._calls.pop(i) for i in others)]
-            key, value = (torch.cat([getattr(call, name) for call in calls], dim=-1) for name in ("key", "value"))
-            self.layers[index].store.append(key, value, own.valid)
-        if self.recording:
-            self._recorded[index] = self._ready.pop(index)
-            return
-        # Owners that others read for long would be finished late, and allocators rely on the order of the layers.
-        while self._due and self._due[0] in self._ready and self._due[0] not in self._calls:
-            at = self._due.pop(0)
-            self._finish(at, self._ready.pop(at))
-
-    def _finish(self, index: int, queries: Queries | None) -> None:
-        """What follows the attention of a layer: statistics, evictions and codecs."""
-        store = self.layers[index].store
-        if index in self._at and queries is not None:
-            self.enforcer.after_attention(self._at[index], View(store, queries))
-        else:
-            store.finish_forward()
-
-    def _enter(self, index: int) -> None:
-        """From here until the last layer is done, a forward that stops leaves layers that hold different texts."""
-        done = index == len(self.layers) - 1 and index != self._last
-        self.broken = None if done else f"layer {index} of {len(self.layers)}"
-
-    def _usable(self) -> None:
-        if self.broken is not None:
-            raise CacheError(
-                f"this cache is broken: an earlier call stopped in {self.broken}, so what it holds is incomplete; "
-                "call cache.reset() and start over, or go on from a fork made before"
-            )
-
-    def _begin(self, call: AttentionCall, mask: LazyMask | None, position_ids: Tensor | None) -> None:
-        columns = self.get_seq_length()
-        batch, _, new, _ = call.query.shape
-        store = self.layers[self._first].store
-        if store.seen and store.batch_size != batch:
-            raise CacheError(
-                f"the cache holds {store.batch_size} sequences, but {batch} came; beams and several answers from a warm "
-                "cache need cache.batch_repeat_interleave(n) first"
-            )
-        valid = None if mask is None else mask.valid(columns, new)
-        counts = [new] * batch if valid is None else valid.sum(1).tolist()
-        if self.parts.plan is not None and not store.seen and self.prefilled is None:
-            raise PolicyError(
-                f"{self.policy} judges the whole prompt in passes of its own, which a bare forward or generate() does not run; "
-                "call cache.prefill(model, input_ids) first, then generate() with ids that go on from there"
-            )
-        if self.probing is None:
-            check_positions(position_ids, valid, columns, store.seen or [0] * batch)
-            if not store.seen:
-                self.enforcer.check(batch)
-            check_rope_switch(self._rope_switch, store.seen, counts)
-            self.enforcer.admit(counts)
-            self._gaps = self._gaps or (valid is not None and has_gap(valid, store.seen))
-        self._valid, self._survivors = valid, None
-        if self.parts.sharing is not None:
-            self._calls, self._ready = {}, {}
-            self._due = [store.layer_idx for store in self.stores]
-
-    def _end(self, big: bool) -> None:
-        if self._last == len(self.layers) - 1:
-            self.broken = None
-        self._valid = self._survivors = None
-        if not self.recording:
-            self.enforcer.filled = True
-        if big or not self.peak_bytes:
-            self.peak_bytes = max(self.peak_bytes, self.nbytes)
-
-    def _commit(self, removed: int) -> None:
-        """Carries out what was put off while the newest tokens of a recorded forward could still be taken back."""
-        recorded, self._recorded = self._recorded, {}
-        for index, queries in sorted(recorded.items()):
-            self._finish(index, queries.without_newest(removed))
-        self.enforcer.filled = True
 
     # -- what transformers calls ---------------------------------------------------------------------------------------
 
@@ -346,6 +140,10 @@ class KVCache(Cache):
             self.enforcer.check(conv_states.shape[0])
         self._enter(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def _enter(self, index: int) -> None:
+        """From a recurrent layer until the last one is done, a forward that stops leaves layers that hold different texts."""
+        self.broken = None if index == len(self.layers) - 1 else f"layer {index} of {len(self.layers)}"
 
     @property
     def pending(self) -> bool:
@@ -469,6 +267,7 @@ class KVCache(Cache):
         self.enforcer.reset()
         self._recorded, self._gaps, self._valid, self.trail = {}, False, None, None
         self.broken, self.peak_bytes, self.prefilled = None, 0, None
+        self.stepping = False
         self._record(False)
 
     # -- what the user calls -------------------------------------------------------------------------------------------
@@ -547,25 +346,6 @@ class KVCache(Cache):
     def seen(self) -> list[int]:
         """Tokens seen per sequence, padding left out."""
         return list(self.layers[self._first].store.seen)
-
-    @property
-    def stores(self) -> list[LayerCache]:
-        """What holds the entries of the attention layers, each once where several layers read the same."""
-        return [layer.store for layer in self.layers if isinstance(layer, AttentionLayer) and layer.owns]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every resident tensor of the cache, each storage counted once."""
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}.values())
-
-    def tensors(self) -> Iterable[Tensor]:
-        """Every resident tensor of the cache."""
-        for store in self.stores:
-            yield from store.tensors()
-        for layer in self.layers:
-            if not isinstance(layer, AttentionLayer):
-                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-                yield from (state for state in states if state is not None)
 
     def report(self) -> CacheReport:
         """What is kept and what it costs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,45 +32,76 @@ class Enforcer(Shares):
     evictions: int = 0
     _chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def after_attention(self, index: int, view: View, *, finish: bool = True) -> None:
-        """Ends the attention of layer ``self.layers[index]``: statistics first, then evictions, then codecs.
+    @cached_property
+    def watches(self) -> bool:
+        """Whether something looks at the queries of a forward."""
+        return self.parts.scorer is not None or self._asks
 
-        Without ``finish`` (a speculation that may be taken back) it stops after the statistics.
-        """
+    @cached_property
+    def _asks(self) -> bool:
+        return any(codec.asks for codec in self.parts.codec or ())
+
+    def after_attention(self, index: int, view: View) -> None:
+        """Ends the attention of layer ``self.layers[index]``: statistics first, then evictions, then codecs."""
         self.observe(index, view)
-        self.act(index, view, finish=finish)
+        self.act(index, view)
 
     def observe(self, index: int, view: View) -> None:
         """The statistics that a layer's scorer and destination keep, which no budget changes."""
-        if self.parts.scorer is not None:
-            if self._leader(index) == index:
-                self.parts.scorer.observe(view)
-            if self.parts.destination is not None:
-                self.parts.destination.observe(view)
+        parts = self.parts
+        if parts.scorer is not None:
+            if parts.layers is None or parts.layers.leader(index) == index:
+                parts.scorer.observe(view)
+            if parts.destination is not None:
+                parts.destination.observe(view)
 
-    def act(self, index: int, view: View, *, finish: bool = True) -> None:
+    def act(self, index: int, view: View) -> None:
         """What follows the statistics: the allocator's measurement, evictions and codecs."""
+        layer, parts = self.layers[index], self.parts
+        if layer.rests:
+            return
+        if parts.scorer is not None:
+            acts = not (self.suspended or (parts.trigger.after_prefill and self.filled))
+            if parts.layers is not None:
+                self._allocate(index, view, parts.layers, acts)
+            elif acts:
+                self.settle(layer, view)
+            if not acts and parts.trigger.after_prefill:
+                layer.set_capacity(None)
+        if not self.suspended:
+            layer.finish_forward(view.asked() if self._asks else None)
+        layer.rest = min(layer.rest, self._rest(layer))
+
+    def _rest(self, layer: LayerCache) -> int:
+        """How many more tokens of one step each leave a layer with nothing to be evicted, whatever is measured of it."""
+        parts, trigger = self.parts, self.parts.trigger
+        if self.suspended or self.declared or self.granted:
+            return 0
+        if parts.scorer is None or (trigger.after_prefill and self.filled):
+            return sys.maxsize
+        if not self._rests or parts.layers or parts.heads or parts.stages or trigger.after_prefill:
+            return 0
+        if self.budget.kind == "none":
+            return sys.maxsize
+        # A share of a text that is not over yet only grows.
+        return min(int(self._mean(b)) for b in range(layer.batch_size)) - layer.longest
+
+    def _allocate(self, index: int, view: View, allocator: LayerAllocator, acts: bool) -> None:
+        """The measurement of a layer and, where it ``acts``, the evictions that follow from it."""
         layer = self.layers[index]
         if not self.measured:
             self.measured = [[] for _ in self.layers]
-        if self.parts.scorer is not None:
-            allocator = self.parts.layers
-            last = self.measured[index] or [None] * layer.batch_size
-            if allocator is not None and allocator.measures:
-                self.measured[index] = list(allocator.preference(view, last))
-            if finish and self._acts() and allocator is not None and allocator.joint:
-                if layer is self.layers[-1] or allocator.ends_round(index):
-                    self.settle_all(view.new_tokens)
-            elif finish and self._acts():
-                self.settle(layer, view)
-                if allocator is not None and allocator.measures and self.measured[index] != last:
-                    for earlier in self.layers[:index]:
-                        self.settle(earlier, View(earlier))
-            elif finish and self.parts.trigger.after_prefill:
-                layer.set_capacity(None)
-        if finish and not self.suspended:
-            asks = any(codec.asks for codec in self.parts.codec or ())
-            layer.finish_forward(view.asked() if asks else None)
+        last = self.measured[index] or [None] * layer.batch_size
+        if allocator.measures:
+            self.measured[index] = list(allocator.preference(view, last))
+        if acts and allocator.joint:
+            if layer is self.layers[-1] or allocator.ends_round(index):
+                self.settle_all(view.new_tokens)
+        elif acts:
+            self.settle(layer, view)
+            if allocator.measures and self.measured[index] != last:
+                for earlier in self.layers[:index]:
+                    self.settle(earlier, View(earlier))
 
     def fork(self, layers: list[LayerCache]) -> Enforcer:
         """A copy that governs the layers of a forked cache."""
@@ -112,9 +144,8 @@ class Enforcer(Shares):
 
         ``among[b]`` says which sequences may lose entries (None: all).
         """
-        index = self.layers.index(layer)
-        heads = layer.num_kv_heads
-        limits = [self.shares(b)[index] for b in range(layer.batch_size)]
+        index, heads, batch = self.layers.index(layer), layer.num_kv_heads, range(len(layer.seen))
+        limits = [self.shares(b)[index] for b in batch]
         if self._rests and layer.capacity == limits and layer.longest * heads <= min(limits):
             return
         held = layer.evictable()
@@ -122,18 +153,16 @@ class Enforcer(Shares):
             None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
         )
         if self.parts.heads is None:
-            over = [max(held[b]) * heads > limits[b] for b in range(layer.batch_size)]
+            over = [max(held[b]) * heads > limits[b] for b in batch]
         else:
             free, pinned = self._free[index], self._pinned[index]
-            over = [
-                sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in range(layer.batch_size)
-            ]
+            over = [sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in batch]
         if among is not None:
             over = [o and may for o, may in zip(over, among, strict=True)]
         due = self._due(layer, view, new_tokens)
         if any(over) or any(due):
             fresh = new_tokens or view.new_tokens
-            targets = [self._target(layer, b, limits[b], fresh[b]) for b in range(layer.batch_size)]
+            targets = [self._target(layer, b, limits[b], fresh[b]) for b in batch]
             self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
@@ -313,6 +342,3 @@ class Enforcer(Shares):
         """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""
         every = min(self.parts.trigger.every, max(1, entries // 8))
         return every - 1 if 0 < new_queries <= every else 0
-
-    def _acts(self) -> bool:
-        return not (self.suspended or (self.parts.trigger.after_prefill and self.filled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.lane import Lane
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
@@ -24,6 +25,10 @@ FEW_TOKENS = 8
 WINDOW_OVERRUN = 64
 # What a fork adds beside the entries that it shares grows by this many at a time, so that many short answers stay small.
 FORK_STEP = 16
+_NEXT = (1).__add__
+
+
+Number = TypeVar("Number", int, float)
 
 
 class RotatesKeys(Protocol):
@@ -66,7 +71,7 @@ class LayerCache:
     held (extra passes of a plan and of measurements read everything); ``reads`` says it where queries are answered again.
     ``hard`` says that a byte budget counts, so that a fork copies codes rather than hold a few of them twice. While ``spills``,
     a token that finds the rows full may stay in a segment of its own until the eviction that follows: where shares of layers
-    move, none may follow.
+    move, none may follow. ``rest`` is how many more tokens by `step` leave nothing to be evicted or sealed.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class LayerCache:
         self.spills = False
         self._lane: Lane | None = None
         self._fresh = False
+        self.rest = 0
 
     @property
     def batch_size(self) -> int:
@@ -121,18 +127,21 @@ class LayerCache:
 
     def kept(self) -> list[list[int]]:
         """Entries held per sequence and KV head, demoted and merged ones included."""
-        rows = [sum(segment.lengths[r] for segment in self.segments) for r in range(self.num_rows)]
-        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+        return self._by_sequence(self._lengths(self.segments))
 
     def evictable(self) -> list[list[int]]:
         """Entries per sequence and KV head that the policy may evict."""
-        rows = [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
-        return [rows[b * self.num_kv_heads : (b + 1) * self.num_kv_heads] for b in range(self.batch_size)]
+        return self._by_sequence(self._lengths(self.main))
+
+    @property
+    def rests(self) -> bool:
+        """Whether the newest token came by `step` and leaves nothing to be evicted or sealed."""
+        return self._fresh and self.rest >= 0
 
     @property
     def longest(self) -> int:
         """Entries of the longest row that the policy may evict from."""
-        return max(self._main_lengths(), default=0)
+        return max(self._lengths(self.main), default=0)
 
     def start(self, batch_size: int) -> None:
         """Fixes the batch size of an empty layer."""
@@ -167,29 +176,53 @@ class LayerCache:
         return out, lse
 
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        """One token by the prepared lane; None, with nothing done, where that cannot be."""
-        segments = self.front + self.main
-        if call.sink is not None or self.shift is not None or len(self.seen) != call.query.shape[0] or not self.main:
+        """`forward` of one token as a `step`; None, with nothing done, where that cannot be."""
+        batch, heads, _, _ = call.query.shape
+        if call.sink is not None or call.face or not call.query.is_cpu:
             return None
-        lane = self._lane
-        if lane is None or not lane.fits(segments):
-            group = call.query.shape[1] // self.num_kv_heads
-            lane = self._lane = Lane(segments, len(self.front), group, lane is not None and lane.wanted)
-        seen = self._per_row(self.seen)
-        spill = self.spills and len(self.main) == 1 and self.window is None and not self.apart
-        answer = lane.step(call.query, call.key, call.value, seen, call.scale, call.softcap, call.window, spill=spill)
-        if lane.spilled is not None:
-            self.main.append(lane.spilled)
-        if answer is not None:
-            self.seen = [n + 1 for n in self.seen]
-            self._fresh = True
-        return answer
+        out, lse = call.query.new_empty(batch, 1, heads, call.value.shape[-1]), torch.empty(batch, heads, 1)
+        done = self.step(call.query, call.key, call.value, call.scale, call.softcap, out, lse)
+        return (out.transpose(1, 2), lse) if done else None
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> bool:
+        """One token of each sequence by the prepared lane; False, with nothing done, where that cannot be.
+
+        The answer goes to ``out [B, 1, Hq, Dv]``, heads behind the token, and to ``lse [B, Hq, 1]`` float32.
+        """
+        lane, main, seen, window = self._lane, self.main, self.seen, self.window
+        if lane is None or lane.handle is None or lane.main != main or lane.front != self.front:
+            if self.shift is not None or self.selector is not None or self.reads is not None or not main:
+                return False
+            if lane is None or lane.moved or lane.main != main or lane.front != self.front:
+                group = query.shape[1] // self.num_kv_heads
+                lane = self._lane = Lane(self.front, main, group, lane is not None and lane.wanted)
+            if lane.handle is None:
+                return False
+        rest = self.rest - 1
+        if not lane.step(query, key, value, seen, scale, softcap, window, out, lse):
+            spills = self.spills and len(main) == 1 and window is None and not self.apart
+            apart = lane.apart(key, value, seen) if spills else None
+            if apart is None or not lane.step(query, key, value, seen, scale, softcap, window, out, lse, apart):
+                return False
+            main.append(apart)
+            rest = -1
+        self.seen, self.rest, self._fresh = list(map(_NEXT, seen)), rest, True
+        return True
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
         if self._lane is not None:
             self._lane.spilled = None
-            if self._lane.segments != self.front + self.main:
+            if self._lane.main != self.main or self._lane.front != self.front:
                 self._lane = None
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
@@ -226,6 +259,7 @@ class LayerCache:
         ``steps [B, n]`` are their positions, the last of which is the newest token seen (None: they follow each other).
         """
         batch, heads, n = key.shape[:3]
+        self.rest = -1
         if not self.seen:
             self.start(batch)
         segment = self.main[-1].branch(self.hard) if self.main else self.make_segment(self.num_rows)
@@ -264,13 +298,18 @@ class LayerCache:
 
         ``asked`` are its queries, for codecs that look at them.
         """
+        if self.rests:
+            return
         if self.window is not None:
             self._slide()
         for segment in self.segments:
             segment.seal(asked)
         self._leave_lane()
         if self.page > 1:
-            self.paged = [length // self.page * self.page for length in self._main_lengths()]
+            self.paged = [length // self.page * self.page for length in self._lengths(self.main)]
+        self.rest = min((segment.rest for segment in self.segments), default=0) if self.page == 1 else 0
+        if self.window is not None:
+            self.rest = min(self.rest, self.window - 1 + WINDOW_OVERRUN - self.longest)
 
     def masses(
         self, query: Tensor, lse: Tensor, like: object, *, summed: bool = True
@@ -297,16 +336,16 @@ class LayerCache:
     def add_mass(
         self, name: str, query: Tensor, lse: Tensor, like: object, decay: Sequence[float], factor: float
     ) -> None:
-        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``."""
-        if (
-            query.shape[2] == 1
-            and self._fresh
-            and self._lane is not None
-            and self._lane.accumulate(name, decay, factor)
-        ):
+        """Adds the `masses` of these queries to a state column: ``state <- decay[r] * state + factor * mass``.
+
+        ``decay`` has one number per sequence or per row.
+        """
+        lane = self._lane
+        if self._fresh and query.shape[2] == 1 and lane is not None and lane.accumulate(name, decay, factor):
             return
+        each = decay if len(decay) == self.num_rows else self._per_row(decay)
         for segment, rows in self.masses(query, lse, like):
-            segment.add_to_state(name, rows, decay, factor)
+            segment.add_to_state(name, rows, each, factor)
 
     def sealed_units(self) -> Tensor:
         """Unit that each evictable cell belongs to: int64 ``[R, T]``; cells with one id stay or go together."""
@@ -325,19 +364,23 @@ class LayerCache:
 
     def evict(self, keep: Tensor, spare: int = 0) -> None:
         """Keeps the main entries where ``keep [R, T]`` (over the main segments side by side) is set; frees the rest."""
-        begin = 0
-        before = self._main_lengths()
+        begin, self.rest = 0, -1
+        before = self._lengths(self.main)
         moves = self._moves(keep) if self.moving else None
-        absorber = len(self.main) - 1 - len(self._trail())
+        trail = self._trail()
+        absorber = len(self.main) - 1 - len(trail)
         for index, segment in enumerate(self.main):
             end = begin + segment.longest
-            if index == absorber < len(self.main) - 1 and isinstance(segment, DenseSegment):
+            part = keep[:, begin:end]
+            if index == absorber and trail and isinstance(segment, DenseSegment | QuantizedSegment):
                 # With room for what will join it, so that it moves once.
-                segment.take(keep[:, begin:end], [spare + n for n in keep[:, end:].sum(1).tolist()])
+                segment.take(part, [spare + n for n in keep[:, end:].sum(1).tolist()])
             else:
-                segment.take(keep[:, begin:end], spare if segment is self.main[-1] else 0)
+                segment.take(part, 0 if trail or index < absorber else spare)
             begin = end
-        self._consolidate(spare)
+        if trail := self._trail():  # of which there may be more now, since what was shared has been copied
+            self.main = self.main[: len(self.main) - len(trail)]
+            self.main[-1].absorb(trail, spare)
         if self.apart and self.shift is None:
             self._set_apart(spare)
         self._limit_room()
@@ -346,7 +389,7 @@ class LayerCache:
             self._move(moves)
         if not self.apart:
             return
-        gone = [old - new for old, new in zip(before, self._main_lengths(), strict=True)]
+        gone = [old - new for old, new in zip(before, self._lengths(self.main), strict=True)]
         self.shift = [s + gone[b * self.num_kv_heads] for b, s in enumerate(self.shift or [0] * self.batch_size)]
 
     def _moves(self, keep: Tensor) -> list[Tensor]:
@@ -451,12 +494,12 @@ class LayerCache:
             last.truncate([length - tokens for length in last.lengths])
             self.seen = [seen - tokens for seen in self.seen]
             self.marks = [marks[:seen] for marks, seen in zip(self.marks, self.seen, strict=False)]
-            self.paged = [min(p, n) for p, n in zip(self.paged, self._main_lengths(), strict=True)]
+            self.paged = [min(p, n) for p, n in zip(self.paged, self._lengths(self.main), strict=True)]
             self._limit_room()
 
     def select_sequences(self, index: Sequence[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]``."""
-        heads = self.num_kv_heads
+        heads, self.rest = self.num_kv_heads, -1
         rows = [b * heads + h for b in index for h in range(heads)]
         for segment in self.segments:
             segment.select_rows(rows)
@@ -476,14 +519,14 @@ class LayerCache:
         other.main = [segment.share() for segment in self.main]
         other.front = [segment.share() for segment in self.front]
         other.statistics = dict(self.statistics)
-        other._lane, other._fresh = None, False
+        other._lane, other._fresh, other.rest = None, False, 0
         other.seen, other.paged = list(self.seen), list(self.paged)
         other.shift = None if self.shift is None else list(self.shift)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without a lane, which holds addresses."""
-        return self.__dict__ | {"_lane": None, "_fresh": False}
+        return self.__dict__ | {"_lane": None, "_fresh": False, "rest": 0}
 
     def check_integrity(self) -> None:
         """Raises AssertionError when segments, lengths or positions disagree."""
@@ -581,21 +624,22 @@ class LayerCache:
         self.evict((positions >= oldest[:, None].to(positions.device)) & (positions >= 0))
 
     def _trail(self) -> list[Segment]:
-        """Segments that the first one (but for one set apart) can absorb, since no fork reads them."""
+        """Segments that the one before them takes over in an eviction, so that forks do not leave a trail of small ones."""
         segments = self.main[0 if self.shift is None else 1 :]
         return [] if any(segment.shared for segment in segments) else segments[1:]
 
-    def _consolidate(self, spare: int) -> None:
-        """Joins the segments, but for one set apart, so that forks do not leave a trail of small ones."""
-        if trail := self._trail():
-            self.main = self.main[: len(self.main) - len(trail)]
-            self.main[-1].absorb(trail, spare)
-
-    def _per_row(self, values: Sequence[int]) -> list[int]:
+    def _per_row(self, values: Sequence[Number]) -> list[Number]:
         """Numbers of the sequences, repeated for their KV heads."""
         return [value for value in values for _ in range(self.num_kv_heads)]
 
-    def _main_lengths(self) -> list[int]:
-        if len(self.main) == 1:
-            return self.main[0].lengths
-        return [sum(segment.lengths[r] for segment in self.main) for r in range(self.num_rows)]
+    def _by_sequence(self, rows: list[int]) -> list[list[int]]:
+        heads = self.num_kv_heads
+        return [rows[r : r + heads] for r in range(0, len(rows), heads)]
+
+    def _lengths(self, segments: Sequence[Segment]) -> list[int]:
+        """Entries per row of all these segments."""
+        if len(segments) == 1:
+            return segments[0].meta.lengths
+        if not segments:
+            return [0] * self.num_rows
+        return list(map(sum, zip(*(segment.meta.lengths for segment in segments), strict=True)))

@@ -152,8 +152,8 @@ class Shares:
         if self.parts.layers is not None and (self.parts.layers.measures or self.parts.layers.joint):
             return self._share_out(b)
         # Without measurements all layers of a forward would find the same.
-        known = (self.declared and self.declared[b], self.granted and self.granted[b])
-        stamp = (self.layers[0].seen[b], self._batch_size(), *known)
+        seen = self.layers[0].seen
+        stamp = (seen[b], len(seen), self.declared and self.declared[b], self.granted and self.granted[b])
         if b not in self._found or self._found[b][0] != stamp:
             self._found[b] = (stamp, self._share_out(b))
         return self._found[b][1]

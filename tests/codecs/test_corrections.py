@@ -8,8 +8,8 @@ from kvbudget.codecs.base import Codec, Place, alone
 from kvbudget.codecs.integer import ChannelQuant, TokenQuant
 from kvbudget.codecs.low_rank import LowRank
 from kvbudget.codecs.sparse import Outliers
-from kvbudget.kernels import reference
-from kvbudget.kernels.corrected import FEW_QUERIES
+from kvbudget.errors import PolicyError
+from kvbudget.kernels import FEW_QUERIES, reference
 from kvbudget.kernels.reference import DenseOperand
 from kvbudget.methods import parse
 
@@ -97,3 +97,26 @@ def test_corrected_codes_are_attended_to_as_their_decoded_entries_are(stages, qu
     expected = reference.attend(query, *plain, lengths, **options)
     torch.testing.assert_close(found.out, expected.out, atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(found.lse, expected.lse, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "base", ["turboquant(bits=2)", "nsnquant(bits=1, chunk=16)", "rotatekv(bits=2)", "kivi(bits=2, group=16)"]
+)
+def test_any_base_is_corrected(base):
+    x = heavy(256, 32)
+    for plain, corrected in zip(parse(base).parts().codec, parse(f"gear(base={base!r})").parts().codec, strict=True):
+        errors = []
+        for codec in (plain, corrected):
+            place = alone(codec, x)
+            columns = codec.encode(x, place)
+            errors.append(float((codec.decode(columns, place) - x).square().mean()))
+        assert errors[1] < 0.8 * errors[0]
+        assert corrected.bytes_per_entry(32) > plain.bytes_per_entry(32) and corrected.before_rope == plain.before_rope
+    policy = parse(f"snapkv+gear(base={base!r})")
+    assert parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize("base", ["cq", "qaq", "snapkv", "xquant"])
+def test_what_cannot_be_corrected_is_refused(base):
+    with pytest.raises(PolicyError, match="is no codec that can be corrected"):
+        parse(f"gear(base={base!r})")

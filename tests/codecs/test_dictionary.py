@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from kvbudget import kernels
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.codecs.dictionary import Sparse, pursue
 from kvbudget.errors import PolicyError
+from kvbudget.kernels import AtomOperand
+from kvbudget.kernels.reference import DecodedOperand
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
+from kvbudget.segments.store import SEALED
 from tiny import random_text, tiny_model
 
 
@@ -77,3 +81,23 @@ def test_a_fitted_dictionary_beats_samples_as_atoms(tmp_path, monkeypatch):
         KVCache(model, "csr(terms=0)")
     with pytest.raises(PolicyError, match="atoms=2"):
         calibrate("csr", model, **(options | {"atoms": 2}))
+
+
+def test_atoms_are_attended_without_decoding(tmp_path, monkeypatch):
+    """Keys that were fitted after RoPE, and values: the dictionary meets the queries, and the weights of its atoms."""
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    model = tiny_model("llama")
+    texts = [random_text(90, seed=i)[0] for i in range(2)]
+    calibrate("csr", model, texts=texts, count=2, length=90, atoms=32, terms=3, steps=1, before_rope=False)
+    cache = KVCache(model, "csr(terms=3, residual=8)")
+    cache.prefill(model, random_text(120, seed=9))
+    (segment,) = cache.enforcer.layers[1].main
+    operands = [store.operand([0, 5], SEALED) for store in (segment.key, segment.value)]
+    assert all(type(operand) is AtomOperand for operand in operands)
+    lengths, query = [n - skip for n, skip in zip(segment.key.num_sealed, (0, 5), strict=True)], torch.randn(2, 3, 16)
+    plain = [DecodedOperand(operand.block) for operand in operands]
+    found, expected = (kernels.attend(query, *pair, lengths, scale=0.3) for pair in (operands, plain))
+    torch.testing.assert_close(found.out, expected.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.lse, expected.lse, atol=1e-5, rtol=1e-4)
+    for row, x in enumerate(kernels.mass(query, operands[0], lengths, found.lse, scale=0.3)):
+        torch.testing.assert_close(float(x.sum()), 3.0, atol=1e-4, rtol=0, msg=f"row {row}")

@@ -182,8 +182,8 @@ def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
     calibrate("xquant_cl", model)
     for policy, why in (
         ("knorm+adakv+xquant", "same entries in all heads"),
-        ("knorm+pyramidkv+xquant_cl", "merged layers"),
-        ("knorm+kivi+xquant", "merged layers"),
+        ("knorm+pyramidkv+xquant_cl", "allocators over layers"),
+        ("knorm+kivi+xquant", "coded together holds the same entries"),
     ):
         with pytest.raises(PolicyError, match=why):
             KVCache(model, policy, 200)

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
 from kvbudget.codecs.commuting import stages_of
+from kvbudget.eval.rate import declared
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
@@ -90,6 +91,11 @@ def stored_bytes(columns: dict[str, Tensor]) -> int:
     return sum(column.untyped_storage().nbytes() for column in columns.values())
 
 
+def test_the_guide_says_what_codecs_declare():
+    guide = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
+    assert "\n".join(declared()) in guide
+
+
 @pytest.mark.parametrize("width", [64, 80, 96, 128])
 @pytest.mark.parametrize("name", FREE)
 def test_deterministic_finite_and_of_its_size(name, width):
@@ -145,7 +151,7 @@ def test_calibrated_codes_are_deterministic_finite_and_of_their_size(name, width
 
 @pytest.mark.parametrize("name", CODECS)
 def test_padded_rows_equal_their_single_runs_inside_the_bytes(name):
-    model, policy = tiny_model("llama"), f"streaming_llm(sinks=4)+{SMALL.get(name, name)}"
+    model, policy = tiny_model("llama"), f"snapkv(window=8)+{SMALL.get(name, name)}"
     texts = [random_text(n, seed=n) for n in (31, 150, 97)]
     ids, mask = left_padded(texts)
     ids, mask = torch.cat([ids, random_text(9, rows=3)], dim=1), torch.cat([mask, torch.ones(3, 9).long()], dim=1)

@@ -5,11 +5,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec
-from kvbudget.eval.rate import expected_bits, stored_bytes
-from kvbudget.methods import parse
+from kvbudget.codecs.transform import Transform, pack
+from kvbudget.eval.rate import expected_bits, stored_bytes, true_bits
+from kvbudget.methods import parse, registry
 from kvbudget.models import Rotation
 from kvbudget.segments.quantized import QuantizedSegment
+from tiny import random_text, tiny_model
 
 T, D = 4096, 128
 NAT = 16  # bits of the model's own elements
@@ -51,6 +54,12 @@ FORMULAS = {
 }
 
 
+def test_no_codec_is_missing():
+    """Those of all heads together are in test_joint.py; destinations and saved caches have a test of their own below."""
+    named = {policy.partition("(")[0] for policy in FORMULAS} | {"xquant", "xquant_cl", "aquakv"}
+    assert named == {name for name, kind in registry().items() if kind.role == "codec"}
+
+
 @pytest.mark.parametrize("policy", FORMULAS)
 def test_stored_bits_are_those_of_the_formula(policy):
     key, value = (calibrated(codec) for codec in parse(policy).parts().codec)
@@ -63,6 +72,30 @@ def test_stored_bits_are_those_of_the_formula(policy):
     assert found == pytest.approx(sum(bits) / 2, rel=0.02)
     own = (expected_bits(key, D, T, 2) + expected_bits(value, D, T, 2)) / 2
     assert found == pytest.approx(own, rel=1e-6) or (key.variable and found < own)
+
+
+def test_important_and_demoted_entries_take_the_bits_of_the_formula():
+    """MiKV with a fifth of the entries in full precision: ``r 16 + (1 - r) (b + 32 / g)``, with half a head per scale."""
+    model = tiny_model(
+        "llama", torch.bfloat16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=D
+    )
+    cache = KVCache(model, "mikv(bits=2)", T // 5)
+    for begin in range(0, T, 512):
+        with torch.inference_mode():
+            model.base_model(random_text(T)[:, begin : begin + 512], past_key_values=cache)
+    assert true_bits(cache) == pytest.approx(0.2 * NAT + 0.8 * (2 + 32 / 64), rel=0.02)
+
+
+def test_streams_of_kvtc_take_the_bits_that_were_asked_for():
+    """Rows as they were fitted to; the first 4 and the newest 128 tokens of a text stay in 16 bits beside them."""
+    pytest.importorskip("constriction")
+    width, asked, plain = 512, 2.0, 4 + 128
+    rows = torch.randn(2 * T, width, generator=torch.Generator().manual_seed(0)) * 0.98 ** torch.arange(width)
+    fitted = Transform.fit(rows[:T], 256)
+    packed = pack(fitted.quantize(rows[T + plain :], fitted.plan(width * asked)))
+    stream = 8 * sum(x.numel() * x.itemsize for x in packed.values())
+    found = (stream + NAT * width * plain) / (width * T)
+    assert found == pytest.approx((asked * (T - plain) + NAT * plain) / T, rel=0.02)
 
 
 def calibrated(codec: Codec) -> Codec:

@@ -15,16 +15,17 @@ from kvbudget.errors import PolicyError
 
 @dataclass(frozen=True)
 class Dictionaries(CacheSamples):
-    """A dictionary per layer for keys before RoPE and one for values, shared by the KV heads (CSR, arXiv 2412.11741).
+    """A dictionary per layer for keys and one for values, shared by the KV heads (CSR, arXiv 2412.11741).
 
-    The artifact holds ``key`` and ``value [L, n, D]`` in float16, unit rows. The paper learns them by gradient descent as the
-    weights of a small network; here sparse codes and the best dictionary for them (method of optimal directions, Engan et
-    al., 1999) take turns, and atoms that nobody uses become the vectors that are coded worst.
+    The artifact holds ``key`` and ``value [L, n, D]`` in float16, unit rows, and ``before_rope``. The paper learns them by
+    gradient descent as the weights of a small network; here sparse codes and the best dictionary for them (method of optimal
+    directions, Engan et al., 1999) take turns, and atoms that nobody uses become the vectors that are coded worst.
 
     Attributes:
         atoms: of a dictionary (Lexico: 4096).
         terms: atoms of a sum while fitting.
         steps: turns.
+        before_rope: whether keys are coded before RoPE (unverified; after it, queries meet the dictionary once per step).
     """
 
     method: ClassVar[str] = "csr"
@@ -32,13 +33,18 @@ class Dictionaries(CacheSamples):
     atoms: int = 1024
     terms: int = 4
     steps: int = 5
+    before_rope: bool = True
+
+    @property
+    def strips(self) -> bool:
+        return self.before_rope
 
     def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not 0 < self.terms <= self.atoms <= 32767:
             raise PolicyError(
                 f"csr: atoms={self.atoms} must be at least terms={self.terms} and at most 32767, which an index can name"
             )
-        tensors = {}
+        tensors = {"before_rope": torch.tensor(self.before_rope)}
         for side in SIDES:
             samples, layers, number = by_head(model, state[side])
             found = torch.stack([self._fit(x.flatten(0, 1)) for x in samples])

@@ -27,14 +27,19 @@ class CacheSamples(TextCalibration):
     rows: int = 256
     sinks: int = 4
 
+    @property
+    def strips(self) -> bool:
+        """Whether keys are turned back to what they were before RoPE."""
+        return True
+
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         rotations = rotations_of(model)
         steps = self.steps_of(ids.shape[1])
         found: dict[str, list[Tensor]] = {side: [] for side in SIDES}
 
         def look(index: int, call: AttentionCall, lse: Tensor) -> None:
-            rotation = rotations[index]
             key = call.key[0, :, steps].float()
+            rotation = rotations[index] if self.strips else None
             if rotation is not None:
                 key = rotation.strip(key, steps.to(key.device))
             for side, x in zip(SIDES, (key, call.value[0, :, steps]), strict=True):

@@ -77,6 +77,8 @@ class Codec(ABC):
 
     calibrated: ClassVar[str] = ""
     """The method whose calibration the codec needs, if any."""
+    scope: ClassVar[str] = "KV head"
+    """What is coded by itself."""
     judges: ClassVar[bool] = False
     """Whether `judge` wants to see which entries the queries look at."""
     variable: ClassVar[bool] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class Coupled(Codec):
 
     ``words [L, H, P, 256, D / P]`` over all layers of the model; `at` takes a layer's ``[H, P, 256, D / P]``.
     """
+
+    calibrated: ClassVar[str] = "cq"
 
     channels: int = 8
     words: Tensor | None = field(default=None, repr=False, compare=False)
@@ -192,6 +195,9 @@ class Prompted(Codec):
         codes = columns["codes"].long()
         group = torch.arange(codes.shape[1], device=codes.device)
         return place.state["words"][place.rows[:, None], group, codes].float().flatten(1)
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand:
+        return CodebookOperand(columns["codes"][:, None], columns["words"][:, None].float(), starts, skip)
 
     def state_bytes(self, width: int) -> float:
         return 2 * WORDS * width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from kvbudget.codecs.base import Codec, Place
 
 WORDS = 64
 """Vectors of a table; a stage's code names two of them, so it has 12 bits."""
-BLOCK = 1024
-"""Vectors whose distances to all pairs of words are held at a time."""
+BLOCK = 256
+"""Vectors whose distances to all pairs of words are held at a time: 4 MiB, which a cache holds."""
 
 
 def stages_of(bits: float, width: int) -> int:
@@ -107,6 +108,8 @@ class Commuting(Codec):
     turns. ``tables [L, H, stages, 64, D]`` over all layers of the model and KV heads; `at` takes a layer's. ``order [D]``
     names the first elements of all pairs, then the second ones.
     """
+
+    calibrated: ClassVar[str] = "commvq"
 
     stages: int = 11
     tables: Tensor | None = field(default=None, repr=False, compare=False)

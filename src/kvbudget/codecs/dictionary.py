@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Codec, Place
+from kvbudget.kernels.atoms import AtomOperand
+from kvbudget.kernels.reference import Operand
 
 BLOCK = 2048
 """Vectors that are decomposed at a time."""
@@ -53,6 +56,8 @@ class Sparse(Codec):
     ``atoms [L, n, D]`` over all layers of the model, with unit rows, shared by the KV heads; `at` takes a layer's.
     """
 
+    calibrated: ClassVar[str] = "csr"
+
     terms: int = 4
     atoms: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -69,6 +74,11 @@ class Sparse(Codec):
         coefficients = columns["codes"].float() * columns["scale"].float()
         chosen = self._atoms(coefficients.device)[columns["index"].long()]
         return (coefficients[:, None] @ chosen)[:, 0]
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand:
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        atoms = self._atoms(columns["codes"].device)
+        return AtomOperand(columns["codes"], columns["index"], columns["scale"], atoms, first)
 
     def bytes_per_entry(self, width: int) -> float:
         return 3 * self.terms + 2

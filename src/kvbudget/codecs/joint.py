@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ class JointCodec(ABC):
     stay in full precision (tokens by themselves only: ``unit=1``). What a layer gives upwards besides its keys and values
     is the `State` of the layers below, which stays inside of one forward and is never stored.
     """
+
+    calibrated: ClassVar[str] = ""
+    """The method whose calibration the codec needs."""
+    scope: ClassVar[str] = "all layers"
+    """What is coded by itself."""
+    before_rope: ClassVar[bool] = True
 
     unit: int = 1
     residual: int = 128
@@ -74,6 +81,9 @@ class LayerInputs(JointCodec):
     and is coded per token in groups of channels. Else, by ``W = U S B^T``, the latents ``X U`` of keys and of values are
     coded apart, the keys' per channel and unit of tokens, the values' per token.
     """
+
+    calibrated: ClassVar[str] = "xquant"
+    scope: ClassVar[str] = "layer"
 
     bits: int = 4
     group: int = 128
@@ -128,6 +138,9 @@ class InputDeltas(LayerInputs):
     model take 4 bits.
     """
 
+    calibrated: ClassVar[str] = "xquant_cl"
+    scope: ClassVar[str] = "all layers"
+
     first: int = 3
 
     def encode(self, layer: int, key: Tensor, value: Tensor, below: State) -> Columns:
@@ -167,6 +180,8 @@ class Predicted(JointCodec):
     itself in ``first_bits``. ``found`` holds ``key_map [L, K, K]``, ``key_bias``, ``value_map [L, K + V, V]``,
     ``value_bias`` and the ``place`` of each layer.
     """
+
+    calibrated: ClassVar[str] = "aquakv"
 
     bits: int = 2
     first_bits: int = 4

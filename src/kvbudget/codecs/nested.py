@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Place, Stage
-from kvbudget.kernels.reference import pack, packed_width, unpack
+from kvbudget.kernels.apart import SummedOperand
+from kvbudget.kernels.reference import ChannelQuantOperand, Operand, TokenQuantOperand, pack, packed_width, unpack
 
 LOW_BITS = 4
 
@@ -38,6 +39,15 @@ class Refined(Stage):
             return base
         low = unpack(columns["low"], LOW_BITS, base.shape[-1]).flatten(0, 1).float() - 8
         return base + low * self._step(columns, base.shape[-1])
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
+        """Both halves are affine codes: ``c S + Z`` and ``c_low S / 16 - S / 2``."""
+        high = self.base.operand(columns, starts, skip)
+        if self.draft or not isinstance(high, (ChannelQuantOperand, TokenQuantOperand)):
+            return high if self.draft else None
+        step = columns["scale"].float() / 2**LOW_BITS
+        codes = columns["low"].view(*high.codes.shape[:-1], columns["low"].shape[-1])
+        return SummedOperand([high, replace(high, codes=codes, scale=step, zero=-8 * step, bits=LOW_BITS)])
 
     def bytes_per_entry(self, width: int) -> float:
         return self.base.bytes_per_entry(width) + packed_width(width, LOW_BITS)

@@ -116,11 +116,11 @@ class NormalCodes(Codec):
         packed = columns["codes"]
         if self.bits == 3:
             return None
-        shared, width = 8 // self.bits, packed.shape[-1] * 8 // self.bits
+        width = packed.shape[-1] * 8 // self.bits
         words = byte_words(self.bits).to(packed.device) / math.sqrt(width)
         book = words.expand(1, 1, packed.shape[-1], *words.shape)
         found = CodebookOperand(packed[:, None], book, starts, skip, columns["norm"])
-        order = torch.arange(width, device=packed.device).view(shared, -1).T.flatten()
+        order = byte_order(self.bits, width, packed.device)
         found.basis = torch.eye(width, device=packed.device)[:, order]
         return found
 
@@ -131,8 +131,17 @@ class NormalCodes(Codec):
 @cache
 def byte_words(bits: int) -> Tensor:
     """What each byte of packed codes stands for: ``[256, 8 / bits]``, the code in the lowest bits first."""
-    shifts = torch.arange(0, 8, bits)
-    return lloyd_max(bits)[(torch.arange(256)[:, None] >> shifts) & (2**bits - 1)]
+    return lloyd_max(bits)[byte_codes(bits)]
+
+
+def byte_codes(bits: int) -> Tensor:
+    """The codes in each byte, that in the lowest bits first: int64 ``[256, 8 / bits]``."""
+    return (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
+
+
+def byte_order(bits: int, width: int, device: torch.device) -> Tensor:
+    """Channels in the order of the bytes that hold their codes: int64 ``[D]``."""
+    return torch.arange(width, device=device).view(8 // bits, -1).T.flatten()
 
 
 @cache

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvbudget.attending import AttentionLayer
 from kvbudget.attention import LazyMask
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError
 from kvbudget.layer import AttentionCall
 
@@ -22,6 +23,8 @@ class Chorus(Cache):
     Raises:
         CacheError: for models with recurrent layers.
     """
+
+    stepping = False
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self.members = [cache.fork() for cache in caches]

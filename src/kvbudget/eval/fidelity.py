@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
 from kvbudget.layer import AttentionCall
 
 # Rounding alone gives about this much in float32; below it a logarithm would compare noise.

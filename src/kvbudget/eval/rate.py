@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import AttentionLayer, KVCache
-from kvbudget.codecs.base import Codec
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
+from kvbudget.codecs.base import Codec, Stage
+from kvbudget.codecs.joint import JointCodec
 from kvbudget.errors import KVBudgetError, PolicyError
 from kvbudget.eval.fidelity import Fidelity, compare_logits, continuation_logits
 from kvbudget.eval.replay import Recording, replay
@@ -43,9 +43,10 @@ def stored_bytes(segment: Segment, plain: int = 0) -> float:
     if not isinstance(segment, (QuantizedSegment, JointSegment)):
         return sum(_cells(segment.meta, (name,), plain) for name in ("key", "value"))
     full = [segment.first, segment.tail] if isinstance(segment, JointSegment) else []
-    states: Sequence[Tensor] = ()
+    states: list[Tensor] = []
     if isinstance(segment, QuantizedSegment):
         states = [*segment.key.state.values(), *segment.value.state.values()]
+        states += [] if segment.balance is None else [segment.balance]
         full = [table for store in (segment.key, segment.value) for table in (store.first, store.tail)]
     known: float = sum(state.numel() * state.element_size() for state in states)
     coded = [table for table in segment.tables() if table is not segment.meta and not any(table is x for x in full)]
@@ -110,3 +111,33 @@ def _width(segment: Segment) -> int:
 def _cells(table: RaggedTable, names: tuple[str, ...], bits: int = 0) -> float:
     sizes = (table.columns[name][:1] for name in names)
     return table.total * sum(torch.numel(cell) * (bits / 8 or cell.element_size()) for cell in sizes)
+
+
+def declared(width: int = 128) -> list[str]:
+    """What each codec of the registry says of itself, a Markdown row each.
+
+    Whether keys are coded before RoPE, the granules of keys and values (entries), their full-precision windows, what is
+    coded by itself, the calibration, and bits per coded element of keys and values at this head dimension (a dash where
+    these follow from the calibration).
+    """
+    rows = []
+    for name, kind in registry().items():
+        if kind.role != "codec":
+            continue
+        parts = kind().parts()
+        codec = parts["codec"] if "codec" in parts else 2 * (parts["sharing"].codec,)
+        bits = [f"{8 * side.bytes_per_entry(width) / width:.3g}" if isinstance(side, Codec) else "-" for side in codec]
+        phase = "before" if codec[0].before_rope else "after"
+        granules, windows = (" / ".join(str(getattr(side, what)) for side in codec) for what in ("unit", "residual"))
+        needs = next((found for side in codec if (found := _innermost(side).calibrated)), "none")
+        rows.append(
+            f"| `{name}` | {phase} | {granules} | {windows} | {codec[0].scope} | {needs} | {' / '.join(bits)} |"
+        )
+    return rows
+
+
+def _innermost(codec: Codec | JointCodec) -> Codec | JointCodec:
+    """The codec inside of all stages."""
+    while isinstance(codec, Stage):
+        codec = codec.base
+    return codec

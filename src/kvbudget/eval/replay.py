@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.view import Queries, View

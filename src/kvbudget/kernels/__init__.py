@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kvbudget.errors import KVBudgetError, nearest
-from kvbudget.kernels import corrected, encode, ragged, reference
+from kvbudget.kernels import apart, encode, ragged, reference
+from kvbudget.kernels.apart import FEW_QUERIES, SummedOperand
+from kvbudget.kernels.atoms import AtomOperand
 from kvbudget.kernels.codebook import CodebookOperand
-from kvbudget.kernels.corrected import FEW_QUERIES, CorrectedOperand
+from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.ragged import Layout
 from kvbudget.kernels.reference import (
@@ -32,6 +34,7 @@ from kvbudget.kernels.reference import (
 )
 
 __all__ = [
+    "AtomOperand",
     "Backend",
     "ChannelQuantOperand",
     "CodebookOperand",
@@ -41,6 +44,7 @@ __all__ = [
     "Layout",
     "Operand",
     "Partial",
+    "SummedOperand",
     "TokenQuantOperand",
     "attend",
     "attend_keeping_logits",
@@ -97,17 +101,33 @@ def backend() -> Backend:
 
 def attend(query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], **options: Any) -> Partial:
     """Decode attention over ragged rows; see `reference.attend`."""
-    if isinstance(key, CorrectedOperand) or isinstance(value, CorrectedOperand):
-        if query.shape[1] <= FEW_QUERIES and options.get("softcap") is None and all(lengths):
-            return corrected.attend(query, key, value, lengths, attend_keeping_logits, attend, **options)
-        return reference.attend(query, key, value, lengths, **options)
     if backend().name == "native":
         from kvbudget.kernels import native
 
         partial = native.attend(query, key, value, lengths, **options)
         if partial is not None:
             return partial
+    if _few(query, lengths, options):
+        return apart.attend(query, key, value, lengths, _kernels(query), **_unblocked(options))
     return reference.attend(query, key, value, lengths, **options)
+
+
+def _few(query: Tensor, lengths: Sequence[int], options: dict[str, Any]) -> bool:
+    """Whether a call goes in two steps, where the extension cannot serve it as a whole."""
+    return query.shape[1] <= FEW_QUERIES and options.get("softcap") is None and all(lengths)
+
+
+def _unblocked(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in options.items() if name != "block"}
+
+
+def _kernels(query: Tensor) -> apart.Kernels:
+    """The extension as the two steps need it; it reads nothing where it is missing or knows no such queries."""
+    if backend().name != "native":
+        return apart.Kernels(lambda operand: False, attend, attend_keeping_logits)
+    from kvbudget.kernels import native
+
+    return apart.Kernels(lambda operand: native.reads(operand, query), attend, attend_keeping_logits)
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
@@ -121,43 +141,28 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return reference.merge(partials)
 
 
-def _options_of_row(
-    row: int,
-    length: int,
-    entry_starts: Sequence[int] | None = None,
-    query_positions: Tensor | None = None,
-    log_count: Tensor | None = None,
-    positions: Tensor | None = None,
-    **same: Any,
-) -> dict[str, Any]:
-    """A call's options as `reference.row_logits` takes them for one row."""
-    if entry_starts is not None:
-        at = slice(entry_starts[row], entry_starts[row] + length)
-        log_count = None if log_count is None else log_count[at]
-        positions = None if positions is None else positions[at]
-    steps = None if query_positions is None else query_positions[row]
-    return {"query_positions": steps, "log_count": log_count, "positions": positions, **same}
-
-
 def attend_keeping_logits(
     query: Tensor, key: Operand, value: Operand, lengths: Sequence[int], **options: Any
 ) -> tuple[Partial, Tensor]:
     """`attend`, and the logits ``[M * sum(lengths)]`` float32 (row after row ``[M, length]``) for `mass_of_logits`."""
-    logits = torch.empty(query.shape[1] * sum(lengths), device=query.device)
     if backend().name == "native":
         from kvbudget.kernels import native
 
+        logits = torch.empty(query.shape[1] * sum(lengths), device=query.device)
         partial = native.attend(query, key, value, lengths, logits=logits, **options)
         if partial is not None:
             return partial, logits
-    at = 0
-    for row, length in enumerate(lengths):
-        rows = reference.row_logits(
-            query[row], key, row, 0, length, length, **_options_of_row(row, length, **options)
-        )  # fmt: skip
-        logits[at : at + rows.numel()] = rows.flatten()
-        at += rows.numel()
-    return reference.attend(query, key, value, lengths, **options), logits
+    plain = _unblocked(options)
+    if _few(query, lengths, options):
+        rows = apart.logits(query, key, lengths, _kernels(query), **plain)
+        partial = apart.weighted(rows, value, lengths, _kernels(query))
+    else:
+        rows = [
+            reference.whole_row(query[row], key, row, n, **reference.options_of_row(row, n, **plain))
+            for row, n in enumerate(lengths)
+        ]
+        partial = reference.attend(query, key, value, lengths, **options)
+    return partial, torch.cat([row.flatten() for row in rows])
 
 
 def mass_of_logits(logits: Tensor, lengths: Sequence[int], lse: Tensor) -> list[Tensor]:

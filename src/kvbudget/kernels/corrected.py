@@ -1,19 +1,14 @@
-"""Codes with low-rank and sparse additions, attended by two small products beside the kernels and never written out."""
+"""Codes with low-rank and sparse additions, never written out for few queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvbudget.kernels.reference import DenseOperand, Operand, Partial
-
-FEW_QUERIES = 32
-"""Up to this many queries per row; more of them are worth decoding blocks of entries for."""
-LOWEST = -1e30
-"""Stands for a masked logit, since zero times it is zero."""
+from kvbudget.kernels.reference import Operand
 
 
 @dataclass
@@ -93,43 +88,3 @@ class CorrectedOperand(Operand):
         assert self.index is not None
         index = self.index[at].long()
         return (index + torch.arange(len(index), device=index.device)[:, None, None] * self.unit).flatten()
-
-
-def attend(
-    query: Tensor,
-    key: Operand,
-    value: Operand,
-    lengths: Sequence[int],
-    keeping_logits: Callable[..., tuple[Partial, Tensor]],
-    plain: Callable[..., Partial],
-    *,
-    scale: float,
-    **options: object,
-) -> Partial:
-    """As `reference.attend` for few queries, where keys or values (or both) are corrected and logits are not capped.
-
-    One kernel makes the logits of the codes; with what is added to them they are the keys of the other one, which unit
-    vectors ask for and which weighs the codes of the values.
-    """
-    rows, queries, _ = query.shape
-    nothing = DenseOperand(torch.zeros(max(lengths), 8, device=query.device), [0] * rows)
-    base = key.base if isinstance(key, CorrectedOperand) else key
-    _, flat = keeping_logits(query, base, nothing, lengths, scale=scale, **options)
-    logits = torch.zeros(sum(lengths), -(-queries // 8) * 8, device=query.device)
-    starts = [sum(lengths[:row]) for row in range(rows)]
-    for row, found in enumerate(flat.split([queries * length for length in lengths])):
-        found = found.view(queries, -1)
-        if isinstance(key, CorrectedOperand):
-            found = found + scale * key.added_logits(row, query[row].float(), lengths[row])
-        logits[starts[row] : starts[row] + lengths[row], :queries] = found.T.clamp_min(LOWEST)
-    unit = torch.eye(queries, logits.shape[1], device=query.device).expand(rows, -1, -1).contiguous()
-    base = value.base if isinstance(value, CorrectedOperand) else value
-    out, lse = plain(unit, DenseOperand(logits, starts), base, lengths, scale=1.0)
-    lse = lse.masked_fill(lse < LOWEST / 2, float("-inf"))
-    if isinstance(value, CorrectedOperand):
-        added = []
-        for row, length in enumerate(lengths):
-            own = logits[starts[row] : starts[row] + length, :queries].T
-            added.append(value.added_values(row, torch.exp(own - lse[row].nan_to_num(neginf=0.0)[:, None])))
-        out = out.float() + torch.stack(added)
-    return Partial(out, lse)

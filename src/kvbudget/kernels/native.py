@@ -36,6 +36,11 @@ def use_instruction_set(name: str) -> None:
         raise KVBudgetError(f"this machine cannot run the {name!r} kernels; it runs {_native.instruction_set()!r}")
 
 
+def reads(operand: Operand, query: Tensor) -> bool:
+    """Whether the extension attends to an operand as it is, with such queries."""
+    return query.is_cpu and query.dtype in _TYPES and _describe(operand) is not None
+
+
 def _describe(operand: Operand) -> tuple[Any, ...] | None:
     """The operand as the extension reads it; None where only the reference kernels can."""
     if type(operand) is GatheredOperand:
@@ -207,47 +212,6 @@ def attend(
     return Partial(out, lse)
 
 
-class Lane:
-    """The extension's prepared decode step (lane.h), which holds addresses and no tensors."""
-
-    def __init__(self, handle: Any, kind: int) -> None:
-        self.handle, self.kind = handle, kind
-
-    def step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        held: list[tuple[Sequence[int], ...]],
-        positions: Sequence[int],
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-        out: Tensor,
-        lse: Tensor,
-        keep: bool,
-        apart: Tensor | None,
-    ) -> bool:
-        """Stores an entry per row and attends; False, with nothing done, where a row has no room.
-
-        ``held`` are sealed key cells, sealed value cells and entries per row of each segment, before the new entry.
-        ``keep`` keeps the logits for `accumulate`. With ``apart``, the positions as int32 ``[R]``, the new entries are not
-        stored, but attended to.
-        """
-        news, answers = (query.data_ptr(), key.data_ptr(), value.data_ptr()), (out.data_ptr(), lse.data_ptr())
-        at = (*news, self.kind, *answers, 0 if apart is None else apart.data_ptr())
-        threads = torch.get_num_threads()
-        return self.handle.step(at, held, positions, scale, softcap or 0.0, window or 0, keep, threads)
-
-    def accumulate(self, first: int, states: Sequence[Tensor], decay: Sequence[float], factor: float) -> bool:
-        """``state <- decay[r] * state + factor * weight`` over segments from ``first`` on; False where logits are gone.
-
-        Entries that the step did not store have the last of the ``states``.
-        """
-        at = [state.data_ptr() for state in states]
-        return self.handle.accumulate(first, at, decay, factor, torch.get_num_threads())
-
-
 def lane(
     rows: int,
     queries: int,
@@ -255,11 +219,12 @@ def lane(
     room: tuple[Sequence[int], ...],
     states: Sequence[Tensor],
     dtype: torch.dtype,
-) -> Lane | None:
-    """A prepared decode step of ``queries`` query heads per row; None where the extension cannot serve the segments.
+) -> Any:
+    """The extension's prepared decode step (lane.h) of ``queries`` query heads per row; None where it cannot serve the segments.
 
     ``portions`` are ``((sealed, unit, tail) of keys, the same of values, starts of the entries, positions)`` per segment,
-    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns.
+    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns. What
+    comes back holds addresses and no tensors.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -276,10 +241,8 @@ def lane(
         described.append((*sides, starts, positions.data_ptr()))
     if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
         return None
-    entries, key_tail, value_tail = room
     zeroed = [state.data_ptr() for state in states]
-    handle = _native.Lane(rows, queries, described, entries, key_tail, value_tail, zeroed)
-    return Lane(handle, _TYPES[dtype])
+    return _native.Lane(rows, queries, described, room, zeroed, _TYPES[dtype])
 
 
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:

@@ -39,6 +39,14 @@ class Operand:
         """Returns entries ``begin:end`` of a row as dense ``[end - begin, D]``."""
         raise NotImplementedError
 
+    def products(self, row: int, begin: int, end: int, query: Tensor) -> Tensor:
+        """Products of queries ``[M, D]`` with entries of a row, float32 ``[M, end - begin]``; formats may know a shorter way."""
+        return query.float() @ self.block(row, begin, end).float().T
+
+    def weighted(self, row: int, begin: int, end: int, weights: Tensor) -> Tensor:
+        """Entries of a row summed with ``weights [M, end - begin]``, float32 ``[M, D]``."""
+        return weights @ self.block(row, begin, end).float()
+
 
 @dataclass
 class DenseOperand(Operand):
@@ -212,7 +220,7 @@ def row_logits(
 
     ``log_count``, ``positions``: per entry of this row ``[T]``; ``query_positions [n]``. Soft cap: ``cap * tanh(x / cap)``.
     """
-    logits = (query.float() @ key.block(row, begin, end).float().T) * scale
+    logits = key.products(row, begin, end, query) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if log_count is not None:
@@ -224,6 +232,34 @@ def row_logits(
         groups = logits.shape[0] // allowed.shape[0]
         logits = logits.masked_fill(~allowed.repeat(groups, 1), float("-inf"))
     return logits
+
+
+def whole_row(query: Tensor, key: Operand, row: int, length: int, **options: Any) -> Tensor:
+    """`row_logits` of all entries of a row ``[M, length]``, of which no more are decoded at a time than may be."""
+    block = min(_block_size(query.shape[0]), key.most)
+    parts = [
+        row_logits(query, key, row, begin, min(begin + block, length), length, **options)
+        for begin in range(0, length, block)
+    ]
+    return torch.cat(parts, 1) if parts else query.new_zeros((query.shape[0], 0), dtype=torch.float32)
+
+
+def options_of_row(
+    row: int,
+    length: int,
+    entry_starts: Sequence[int] | None = None,
+    query_positions: Tensor | None = None,
+    log_count: Tensor | None = None,
+    positions: Tensor | None = None,
+    **same: Any,
+) -> dict[str, Any]:
+    """A call's options as `row_logits` takes them for one row."""
+    steps = None if query_positions is None else query_positions[row]
+    return {
+        "query_positions": steps,
+        **_of_row(row, length, entry_starts, log_count=log_count, positions=positions),
+        **same,
+    }
 
 
 def _of_row(row: int, length: int, starts: Sequence[int] | None, **columns: Tensor | None) -> dict[str, Tensor | None]:
@@ -275,7 +311,7 @@ def attend(
             )  # fmt: skip
             lse = torch.logsumexp(logits, dim=-1)
             weight = torch.exp(logits - lse.nan_to_num(neginf=0.0)[:, None])
-            parts.append(Partial(weight @ value.block(row, begin, end).float(), lse))
+            parts.append(Partial(value.weighted(row, begin, end, weight), lse))
         if not parts:
             width = value.block(row, 0, 0).shape[-1]
             parts.append(

@@ -17,9 +17,11 @@ class CacheSparseRepresentation(Recipe):
 
     Paper: Zhang et al., arXiv 2412.11741, 2024 (AAAI 2025). ``kvbudget calibrate csr --model M`` learns one dictionary per
     layer for keys and one for values. Atoms are chosen by orthogonal matching pursuit, which costs a product with the
-    dictionary per term (the paper's pursuit, its dictionary's size and whether keys are coded before RoPE, as here, are
-    unverified). Indices take 2 bytes, coefficients 1, and a vector's scale 2: true bits per element ``(24 terms + 16) /
-    head_dim``. Claim: on par with 2 to 4 bits of quantization, usable at about 1 bit.
+    dictionary per term (the paper's pursuit and its dictionary's size are unverified). Values are attended without decoding
+    them, by one product of the dictionary with the weights of its atoms; so are keys that are coded after RoPE, by one with
+    the query, where ``calibrate "csr(before_rope=False)"`` has fitted them so (the paper's choice is unverified). Indices
+    take 2 bytes, coefficients 1, and a vector's scale 2: true bits per element ``(24 terms + 16) / head_dim``. Claim: on par
+    with 2 to 4 bits of quantization, usable at about 1 bit.
 
     Attributes:
         terms: atoms of a key or value.
@@ -42,6 +44,7 @@ class CacheSparseRepresentation(Recipe):
     file: str = ""
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     values: Tensor | None = field(default=None, repr=False, compare=False)
+    before_rope: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.terms < 1:
@@ -49,7 +52,7 @@ class CacheSparseRepresentation(Recipe):
 
     def parts(self) -> dict[str, Any]:
         shared: dict[str, Any] = {"terms": self.terms, "residual": self.residual, "sinks": self.sinks}
-        keys = Sparse(atoms=self.keys, before_rope=True, **shared)
+        keys = Sparse(atoms=self.keys, before_rope=self.before_rope, **shared)
         return {"codec": (keys, Sparse(atoms=self.values, **shared))}
 
     def bind(self, fingerprint: str) -> "CacheSparseRepresentation":
@@ -58,4 +61,5 @@ class CacheSparseRepresentation(Recipe):
             raise PolicyError(
                 f"csr: terms={self.terms} is more than the {found['key'].shape[1]} atoms of the dictionary"
             )
-        return replace(self, keys=found["key"], values=found["value"])
+        before = bool(found.get("before_rope", True))
+        return replace(self, keys=found["key"], values=found["value"], before_rope=before)

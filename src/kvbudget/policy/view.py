@@ -43,10 +43,11 @@ class Queries:
 
         Sequences with fewer have ``lse = +inf`` in front, which gives those rows weight zero everywhere.
         """
-        width = self.query.shape[2] if count is None else min(count, self.query.shape[2])
+        new = self.query.shape[2]
+        width = new if count is None else min(count, new)
         if self.valid is None:
-            at = slice(self.query.shape[2] - width, None)
-            return (self.query, self.lse) if at.start == 0 else (self.query[:, :, at], self.lse[:, :, at])
+            at = slice(new - width, None)
+            return (self.query, self.lse) if width == new else (self.query[:, :, at], self.lse[:, :, at])
         # A stable sort brings the valid columns to the right in order, whatever the padding side.
         order = torch.argsort(self.valid.int(), dim=1, stable=True)[:, -width:]
         present = self.valid.gather(1, order)
@@ -105,11 +106,10 @@ class View:
     @property
     def new_tokens(self) -> list[int]:
         """Tokens of this forward per sequence, padding left out (0 outside of a forward)."""
-        if self.queries is None:
-            return [0] * self.batch_size
-        if self.queries.valid is None:
-            return [self.queries.query.shape[2]] * self.batch_size
-        return self.queries.valid.sum(1).tolist()
+        queries, batch = self.queries, len(self.layer.seen)
+        if queries is None:
+            return [0] * batch
+        return [queries.query.shape[2]] * batch if queries.valid is None else queries.valid.sum(1).tolist()
 
     @cached_property
     def valid(self) -> Tensor:
@@ -181,16 +181,17 @@ class View:
         group; the state is first multiplied by ``decay[b]`` of its sequence (None: 1). ``weights`` are those of the queries,
         of which the newest has the last.
         """
-        queries = self._asked()
-        query, lse = queries.last(last)
+        queries, layer = self._asked(), self.layer
+        one = queries.valid is None and queries.query.shape[2] == 1
+        query, lse = (queries.query, queries.lse) if one else queries.last(last)
         if weights is not None:
             lse = lse - weights[-lse.shape[-1] :].log()
-        members = query.shape[1] // self.num_kv_heads
-        rows_decay = [d for d in decay or [1.0] * self.batch_size for _ in range(self.num_kv_heads)]
+        members = query.shape[1] // layer.num_kv_heads
+        fading = decay or [1.0] * len(layer.seen)
         if group != "max" or members == 1:
-            factor = 1 / members if group == "mean" else 1.0
-            self.layer.add_mass(name, query, lse, queries, rows_decay, factor)
+            layer.add_mass(name, query, lse, queries, fading, 1 / members if group == "mean" else 1.0)
             return
+        rows_decay = [d for d in fading for _ in range(layer.num_kv_heads)]
         each = [slice(g, None, members) for g in range(members)]
         for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
             rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]

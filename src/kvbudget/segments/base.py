@@ -1,5 +1,6 @@
 """The contract of a segment: a place where entries live and from which a query can be answered."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,11 @@ class Segment(ABC):
 
     def seal(self, asked: Asked | None = None) -> None:  # noqa: B027 - without a full-precision tail nothing is to do
         """Compresses whatever is due for it; called after the attention of a forward (with its queries), never before."""
+
+    @property
+    def rest(self) -> int:
+        """After how many more entries in each row `seal` still has nothing to do."""
+        return sys.maxsize
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         """Bounds the entries per row for which appending may reserve room ahead of need."""

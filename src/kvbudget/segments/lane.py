@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,119 +11,116 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.segments.base import Segment
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
 
 class Lane:
-    """Appends one entry to every row of the last of ``segments`` and attends to all that they hold.
+    """Appends one entry to every row of the last of the ``main`` segments and attends to all that they hold.
 
-    It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front`` of
-    the segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where
-    the segments cannot be served, `step` says None until something moves, and whoever asks takes the longer way.
+    It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front``
+    segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where the
+    segments cannot be served, there is no ``handle``, and whoever asks takes the longer way until something has ``moved``.
 
     Where rows are as full as their limits allow, the last segment would move for one entry that is about to make another one
     leave: the new entries may then stay in a segment of their own, ``spilled``, for the eviction to join.
     """
 
-    def __init__(self, segments: list[Segment], front: int, queries: int, wanted: bool = False) -> None:
-        found = [segment.sides() for segment in segments]
-        sides = [pair for pair in found if pair is not None]
-        self.segments, self.main = segments, segments[front:]
-        self.front = front
-        self.versions = [(table, table.columns.version) for segment in segments for table in segment.tables()]
-        self.handle = None
+    def __init__(self, front: Sequence[Segment], main: Sequence[Segment], queries: int, wanted: bool = False) -> None:
+        self.front, self.main = list(front), list(main)
+        self.handle: Any = None
+        self.moved = False
         self.kept, self.wanted = False, wanted
         self.spilled: DenseSegment | None = None
+        segments = [*front, *main]
+        for segment in segments:
+            for table in segment.tables():
+                table.columns.lane = self
+        found = [segment.sides() for segment in segments]
+        sides = [pair for pair in found if pair is not None]
         if len(sides) < len(segments):
             return
-        self.held = [(k.cells, v.cells, s.meta) for s, (k, v) in zip(segments, sides, strict=True)]
         newest = segments[-1].meta
         key, value = sides[-1]
         self.grown = list({id(table): table for table in (newest, key.table, value.table)}.values())
         self.dtype = key.tail.data.dtype
-        self.width = value.tail.data.shape[-1]
-        if value.tail.data.dtype is not self.dtype:
+        if value.tail.data.dtype is not self.dtype or any(table.borrowed for table in self.grown):
             return
-        states = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
+        zeroed = [column for name, column in newest.columns.items() if name not in ("key", "value", "position")]
+        self.held = [(k.cells, v.cells, segment.meta) for segment, (k, v) in zip(segments, sides, strict=True)]
         portions = [
             (k.operands, v.operands, segment.meta.starts, segment.meta.columns["position"])
             for segment, (k, v) in zip(segments, sides, strict=True)
         ]
         room = (newest.capacities, key.table.capacities, value.table.capacities)
-        self.handle = kernels.lane(newest.num_rows, queries, portions, room, states, self.dtype)
+        self.handle = kernels.lane(newest.num_rows, queries, portions, room, zeroed, self.dtype)
+        tables = [segment.meta for segment in main]
+        self.states = {
+            name: [table.columns[name].data_ptr() for table in tables]
+            for name in newest.columns
+            if all(name in table.columns and name not in table.borrowed for table in tables)
+        }
 
-    def fits(self, segments: list[Segment]) -> bool:
-        """Whether these are its segments, and every storage is where it was."""
-        return segments == self.segments and all(table.columns.version is version for table, version in self.versions)
+    def leave(self) -> None:
+        """A storage has moved, or may no longer be written: the addresses must not be used again."""
+        self.handle, self.moved = None, True
 
     def step(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        seen: Sequence[int],
+        seen: list[int],
         scale: float,
         softcap: float | None,
         window: int | None,
-        *,
-        spill: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
+        out: Tensor,
+        lse: Tensor | None,
+        apart: DenseSegment | None = None,
+    ) -> bool:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
-        ``seen`` are the positions of the new entries per row. Returns ``out [B, Hq, 1, Dv]`` in the query's dtype and
-        ``lse [B, Hq, 1]`` float32; None, with nothing done, where it cannot. With ``spill``, entries that find no room are
-        ``spilled`` after the call.
+        ``seen`` are the positions of the new entries per sequence; with ``apart``, which holds the same entries, they are not
+        stored. The answer goes to ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32. False, with
+        nothing done, where that cannot be.
         """
-        self.kept, self.spilled = False, None
-        if self.handle is None or not query.dtype is key.dtype is value.dtype is self.dtype:
-            return None
-        if not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous()):
-            return None
-        for table in self.grown:
-            if table.borrowed:
-                return None
-        batch, heads = query.shape[:2]
-        out = torch.empty(batch, heads, 1, self.width, dtype=self.dtype)
-        lse = torch.empty(batch, heads, 1)
-        held = [
-            (() if k is None else k.lengths, () if v is None else v.lengths, meta.lengths) for k, v, meta in self.held
-        ]
-        spilled = self._apart(key, value, seen) if spill else None
-        apart = None if spilled is None else spilled.meta.columns["position"]
-        if not self.handle.step(query, key, value, held, seen, scale, softcap, window, out, lse, self.wanted, apart):
-            return None
-        if spilled is None:
-            for table in self.grown:
-                table.lengths = [n + 1 for n in table.lengths]
-        self.spilled = spilled
-        self.kept = self.wanted
-        return out, lse
+        self.spilled, wanted = None, self.wanted
+        positions = 0 if apart is None else apart.meta.columns["position"].data_ptr()
+        done = self.handle.step(
+            query, key, value, self.dtype, seen, self.held, self.grown, scale, softcap, window, out,
+            0 if lse is None else lse.data_ptr(), wanted, positions, torch.get_num_threads(),
+        )  # fmt: skip
+        self.kept = wanted and done
+        if done:
+            self.spilled = apart
+        return done
 
-    def _apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
-        """The new entries as a segment, where the last one is dense, full and not to grow."""
-        last = self.segments[-1]
+    def apart(self, key: Tensor, value: Tensor, seen: Sequence[int]) -> DenseSegment | None:
+        """The new entries as a segment, where the last one is full and not to grow."""
+        last = self.main[-1]
         table = last.meta
-        if type(last) is not DenseSegment or table.limits is None:
+        if type(last) not in (DenseSegment, QuantizedSegment) or table.limits is None:
             return None
         if all(n < max(c, most) for n, c, most in zip(table.lengths, table.capacities, table.limits, strict=True)):
             return None
         rows = table.num_rows
-        fresh = {"key": key.view(rows, -1).clone(), "value": value.view(rows, -1).clone()}
-        fresh["position"] = torch.tensor(seen, dtype=torch.int32)
+        fresh = {"key": key.reshape(rows, -1).clone(), "value": value.reshape(rows, -1).clone()}
+        fresh["position"] = torch.tensor(seen, dtype=torch.int32).repeat_interleave(rows // len(seen))
         segment = DenseSegment(rows)
-        columns = {name: fresh[name] if name in fresh else torch.zeros(rows) for name in table.columns}
+        columns = fresh | {name: torch.zeros(rows) for name in table.columns if name not in fresh}
         segment.meta = RaggedTable.of(columns, [1] * rows)
         return segment
 
     def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:
         """Adds the attention mass of the last step to a state column, as `Segment.add_to_state` does; False where it cannot.
 
-        The first time it only takes note, so that later steps keep their logits.
+        ``decay`` has one number per sequence or per row. The first time it only takes note, so that later steps keep their
+        logits.
         """
         self.wanted = True
-        if not self.kept or self.handle is None:
+        if not self.kept or self.handle is None or name not in self.states:
             return False
-        segments = self.main if self.spilled is None else [*self.main, self.spilled]
-        if any(name not in segment.meta.columns or name in segment.meta.borrowed for segment in segments):
-            return False
-        return self.handle.accumulate(self.front, [s.meta.columns[name] for s in segments], decay, factor)
+        states = self.states[name]
+        if self.spilled is not None:
+            states = [*states, self.spilled.meta.columns[name].data_ptr()]
+        return self.handle.accumulate(len(self.front), states, decay, factor, torch.get_num_threads())

@@ -11,6 +11,7 @@ from kvbudget.codecs.base import Asked, Codec
 from kvbudget.kernels.reference import Operand, Partial
 from kvbudget.models import Rotation
 from kvbudget.segments.base import AttendContext, Segment, Side
+from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.ragged import RaggedTable
 from kvbudget.segments.store import FIRST, SEALED, TAIL, CodecStore
 
@@ -56,6 +57,10 @@ class QuantizedSegment(Segment):
         self.key.seal(asked, salience)
         self.value.seal(asked, salience)
 
+    @property
+    def rest(self) -> int:
+        return min(self.key.rest, self.value.rest)
+
     def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
         query = self._balanced(query)
         partials = []
@@ -97,11 +102,13 @@ class QuantizedSegment(Segment):
         if self.balance is not None:
             self.balance = self.balance[list(rows)]
 
-    def take(self, keep: Tensor, spare: int = 0) -> None:
+    def take(self, keep: Tensor, spare: int | Sequence[int] = 0) -> None:
+        """As of any segment; ``spare`` may differ from row to row."""
         self.meta.take(keep, spare)
         keep = keep.cpu()
-        self.key.take(keep, spare)
-        self.value.take(keep, spare)
+        most = spare if isinstance(spare, int) else max(spare)
+        self.key.take(keep, most)
+        self.value.take(keep, most)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         for store in (self.key, self.value):
@@ -127,6 +134,10 @@ class QuantizedSegment(Segment):
 
     def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
         for segment in trail:
+            if isinstance(segment, DenseSegment):
+                columns = {name: segment.meta.flat(name) for name in segment.meta.columns}
+                self.append(columns.pop("key"), columns.pop("value"), columns, segment.lengths)
+                continue
             assert isinstance(segment, QuantizedSegment) and not self.key.tail.total and not self.value.tail.total
             self.meta.append({name: segment.meta.flat(name) for name in segment.meta.columns}, segment.lengths)
             for mine, theirs in ((self.key, segment.key), (self.value, segment.value)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,16 +33,30 @@ def ranges(
     return torch.cat([torch.arange(b, b + n, dtype=dtype, device=device) for b, n in rows])
 
 
-class Columns(dict[str, Tensor]):
-    """Columns by name; ``version`` is another object after every assignment, so that addresses can be kept until then."""
+class Leaves(Protocol):
+    """Whoever keeps addresses of columns."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.version = object()
+    def leave(self) -> None:
+        """Takes note that they are not to be used any more."""
+
+
+class Columns(dict[str, Tensor]):
+    """Columns by name; the ``lane`` that keeps their addresses leaves with the first change."""
+
+    lane: Leaves | None = None
 
     def __setitem__(self, name: str, column: Tensor) -> None:
         super().__setitem__(name, column)
-        self.version = object()
+        self.changed()
+
+    def changed(self) -> None:
+        """Addresses, or where rows begin, are others now, or nothing may be written there."""
+        if self.lane is not None:
+            self.lane.leave()
+            self.lane = None
+
+    def __getstate__(self) -> None:
+        """Copies and pickles have no lane."""
 
 
 class RaggedTable:
@@ -187,13 +201,13 @@ class RaggedTable:
 
     def reserve(self, capacities: Sequence[int]) -> None:
         """Moves the columns into storages with exactly these row capacities (each at least the row's length)."""
-        assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
         if list(capacities) != self.capacities:
+            assert all(c >= n for c, n in zip(capacities, self.lengths, strict=True))
             self._lay_out(self.lengths, capacities, None, (), 1)
 
     def trim(self) -> None:
         """Gives back room beyond ``limits`` that was reserved before they were known."""
-        if self.limits is not None:
+        if self.limits is not None and self.columns:
             rows = zip(self.lengths, self.capacities, self.limits, strict=True)
             self.reserve([min(capacity, max(length, limit)) for length, capacity, limit in rows])
 
@@ -249,6 +263,7 @@ class RaggedTable:
         other.lengths, other.capacities, other.starts = list(self.lengths), list(self.capacities), list(self.starts)
         other.columns, other.limits = Columns(self.columns), None if self.limits is None else list(self.limits)
         self.borrowed, other.borrowed = set(self.columns), set(self.columns)
+        self.columns.changed()
         return other
 
     def check_integrity(self) -> None:
@@ -280,7 +295,7 @@ class RaggedTable:
             if column is not self.columns[name]:
                 self.columns[name] = column
         if after.capacities != self.capacities:
-            self.columns.version = object()  # addresses hold, but rows begin elsewhere
+            self.columns.changed()
         self.starts, self.lengths, self.capacities = list(after.starts), list(lengths), list(capacities)
         self.borrowed.clear()
 

@@ -74,6 +74,12 @@ class CodecStore:
             due.append(max(0, over) // codec.lump * codec.lump)
         return due
 
+    @property
+    def rest(self) -> int:
+        """As `Segment.rest`."""
+        codec = self.codec
+        return max(0, codec.lump + (0 if codec.cyclic else codec.residual) - 1 - self.tail.longest)
+
     def seal(self, asked: Asked | None = None, salience: Tensor | None = None) -> None:
         """Encodes what is `due`; ``salience`` is that of these entries, flat in row order."""
         codec = self.codec
@@ -194,8 +200,11 @@ class CodecStore:
         return DenseOperand(table.columns["data"], [s + b for s, b in zip(table.starts, begin, strict=True)])
 
     def side(self) -> Side | None:
-        """The sealed units and the tail for a lane; None where there is more, or units have no fused form."""
-        if self.codec.sinks or self.codec.variable or self.rotation is not None:
+        """The sealed units and the tail for a lane; None where there is more, or units have no fused form.
+
+        Operands made of what rows keep may hold tensors that nobody else does, and a lane knows addresses only.
+        """
+        if self.codec.sinks or self.codec.variable or self.rotation is not None or self.state:
             return None
         tail, sealed = DenseOperand(self.tail.columns["data"], self.tail.starts), None
         if self.sealed.columns:

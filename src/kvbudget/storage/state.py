@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvbudget.cache import AttentionLayer, KVCache
+from kvbudget.attending import AttentionLayer
+from kvbudget.cache import KVCache
 from kvbudget.layer import LayerCache
 from kvbudget.prefill import Prefilled
 from kvbudget.segments.base import Segment
@@ -51,7 +52,7 @@ def unpack(cache: KVCache, state: Mapping[str, Any], tensors: Tensors) -> None:
     for index, (layer, numbers) in enumerate(zip(cache.layers, state["layers"], strict=True)):
         if isinstance(layer, AttentionLayer):
             shape = cache.geometry.layers[index]
-            layer.columns, layer.is_initialized = numbers["columns"], bool(numbers["columns"])
+            layer.columns = numbers["columns"]
             if not layer.owns:
                 continue
             _unpack_layer(cache, layer.store, (shape.key_head_dim, shape.value_head_dim), numbers, str(index), tensors)

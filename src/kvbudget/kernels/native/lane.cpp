@@ -117,21 +117,20 @@ bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
   std::vector<std::vector<float>> outs, lses;
   Integers key_starts, key_skip, value_starts, value_skip, entry_starts;
   size_t logits = 0;
-  for (size_t i = 0; i <= portions.size(); ++i) {
+  for (size_t i = 0; i < portions.size() + (step.apart ? 1 : 0); ++i) {
     const Portion& p = portion(i);
     // Cut where the storage of keys or of values changes.
-    Integers lower(rows_), middle(rows_), upper(rows_);
-    for (int r = 0; r < rows_; ++r) {
+    const auto cut = [&p](int c, int r) {
       const int64_t k = p.key_cells[r] * p.key.unit, v = p.value_cells[r] * p.value.unit;
-      lower[r] = std::min(k, v), middle[r] = std::max(k, lower[r]), upper[r] = std::max(k, v);
-    }
-    const Integers none(rows_);
-    const Integers* cuts[] = {&none, &lower, &middle, &upper, &p.lengths};
+      const int64_t cuts[] = {0, std::min(k, v), k, std::max(k, v), p.lengths[r]};
+      return cuts[c];
+    };
     for (int c = 0; c < 4; ++c) {
-      Stretch stretch{i, *cuts[c], *cuts[c + 1], logits};
       size_t total = 0;
-      for (int r = 0; r < rows_; ++r) total += static_cast<size_t>(stretch.lengths[r] -= stretch.begins[r]);
+      for (int r = 0; r < rows_; ++r) total += static_cast<size_t>(cut(c + 1, r) - cut(c, r));
       if (!total) continue;
+      Stretch stretch{i, Integers(rows_), Integers(rows_), logits};
+      for (int r = 0; r < rows_; ++r) stretch.begins[r] = cut(c, r), stretch.lengths[r] = cut(c + 1, r) - cut(c, r);
       job.key = from(p.key, c < 2, p.key_cells, stretch.begins, key_starts, key_skip);
       job.value = from(p.value, c == 0 || c == 2, p.value_cells, stretch.begins, value_starts, value_skip);
       entry_starts = p.starts;

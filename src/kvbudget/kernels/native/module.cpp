@@ -191,10 +191,48 @@ void side(const nb::tuple& t, kvbudget::Side& x) {
   if (tail.size()) x.tail = operand(tail, x.tail_lists);
 }
 
-// portions: (key side, value side, starts, positions) per segment; room: entries, key tail and value tail cells per row of the
-// last segment; zeroed: addresses of its columns that begin with zero.
-kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Integers& entries, const Integers& keys,
-                     const Integers& values, const std::vector<uintptr_t>& zeroed) {
+PyObject* named(const char* name) { return PyUnicode_InternFromString(name); }
+
+nb::object call(const nb::handle& x, PyObject* method) {
+  PyObject* found = PyObject_CallMethodNoArgs(x.ptr(), method);
+  if (!found) throw nb::python_error();
+  return nb::steal(found);
+}
+
+nb::object member(const nb::handle& x, PyObject* name) {
+  PyObject* found = PyObject_GetAttr(x.ptr(), name);
+  if (!found) throw nb::python_error();
+  return nb::steal(found);
+}
+
+const uint8_t* data_of(const nb::handle& tensor) {
+  static PyObject* const name = named("data_ptr");
+  return address(call(tensor, name));
+}
+
+// Whether a tensor has so many elements of this dtype, which lie one behind the other.
+bool fits(const nb::handle& tensor, const nb::handle& dtype, int64_t elements) {
+  static PyObject *const type = named("dtype"), *const contiguous = named("is_contiguous"), *const count = named("numel");
+  return member(tensor, type).is(dtype) && call(tensor, contiguous).is(nb::handle(Py_True)) &&
+         nb::cast<int64_t>(call(tensor, count)) == elements;
+}
+
+// The `lengths` of a table (RaggedTable); none of None.
+Integers lengths_of(const nb::handle& table) {
+  static PyObject* const name = named("lengths");
+  return table.is_none() ? Integers() : nb::cast<Integers>(member(table, name));
+}
+
+// portions: (key side, value side, starts, positions) per segment; room: capacities per row of the last segment's entries, key tail
+// and value tail; zeroed: addresses of its columns that begin with zero.
+struct BoundLane {
+  kvbudget::Lane lane;
+  int rows, queries;
+  kvbudget::Type type;
+};
+
+BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple& room, const std::vector<uintptr_t>& zeroed,
+                int type) {
   std::vector<kvbudget::Portion> made;
   for (const nb::handle item : portions) {
     const nb::tuple t = nb::cast<nb::tuple>(item);
@@ -204,39 +242,74 @@ kvbudget::Lane* lane(int rows, int queries, const nb::list& portions, const Inte
     p.starts = nb::cast<Integers>(t[2]);
     p.positions = address(t[3]);
   }
-  kvbudget::Room room{entries, keys, values, {}};
-  for (const uintptr_t column : zeroed) room.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
-  return new kvbudget::Lane(rows, queries, std::move(made), std::move(room));
+  kvbudget::Room space{nb::cast<Integers>(room[0]), nb::cast<Integers>(room[1]), nb::cast<Integers>(room[2]), {}};
+  for (const uintptr_t column : zeroed) space.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
+  return new BoundLane{{rows, queries, std::move(made), std::move(space)}, rows, queries, static_cast<kvbudget::Type>(type)};
 }
 
-// held: (sealed key cells, sealed value cells, entries) per segment, each a list per row or () for none at all.
-// tensors: (query, key, value, type, out, lse or 0, positions as int32 where the new entries are not to be stored, else 0).
-bool lane_step(kvbudget::Lane& lane, const nb::tuple& tensors, const nb::list& held, const Integers& positions, float scale,
-               float softcap, int64_t window, bool keep_logits, int threads) {
-  if (held.size() != lane.portions.size()) throw std::invalid_argument("as many segments as the lane was made for are needed");
+// query, key, value and out are tensors of this dtype, lse is the address of float32 numbers or 0; seen: positions of the new entries, per sequence; held: of each
+// segment the tables of sealed key cells and sealed value cells, or None, and of entries; grown: the tables that are one entry
+// longer in each row afterwards; apart: the address of the positions as int32 per row where the new entries are not to be stored,
+// else 0. False, with nothing done, where the tensors are others than the lane was made for, or a row has no room.
+bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const nb::handle& dtype,
+               const Integers& seen, const nb::list& held, const nb::list& grown, float scale, std::optional<float> softcap,
+               std::optional<int64_t> window, const nb::handle& out, uintptr_t lse, bool keep_logits, uintptr_t apart, int threads) {
+  const int64_t rows = bound.rows, asked = rows * bound.queries;
+  const kvbudget::Portion& last = bound.lane.portions.back();
+  const int64_t width = last.key.tail.width, value_width = last.value.tail.width;
+  if (!fits(query, dtype, asked * width) || !fits(key, dtype, rows * width) || !fits(value, dtype, rows * value_width) ||
+      !fits(out, dtype, asked * value_width))
+    return false;
+  if (held.size() != bound.lane.portions.size()) throw std::invalid_argument("the tables of each segment are needed");
   for (size_t i = 0; i < held.size(); ++i) {
-    const nb::tuple t = nb::cast<nb::tuple>(held[i]);
-    kvbudget::Portion& p = lane.portions[i];
-    p.key_cells = nb::cast<Integers>(t[0]);
-    p.value_cells = nb::cast<Integers>(t[1]);
-    p.lengths = nb::cast<Integers>(t[2]);
+    const nb::tuple tables = nb::cast<nb::tuple>(held[i]);
+    kvbudget::Portion& p = bound.lane.portions[i];
+    p.lengths = lengths_of(tables[2]);
+    p.key_cells = lengths_of(tables[0]);
+    p.value_cells = lengths_of(tables[1]);
     p.key_cells.resize(p.lengths.size());
     p.value_cells.resize(p.lengths.size());
   }
-  const kvbudget::Step step{address(tensors[0]), address(tensors[1]), address(tensors[2]),
-                            static_cast<kvbudget::Type>(nb::cast<int>(tensors[3])), scale, softcap, window, positions,
-                            address(tensors[6]), reinterpret_cast<uint8_t*>(nb::cast<uintptr_t>(tensors[4])),
-                            reinterpret_cast<float*>(nb::cast<uintptr_t>(tensors[5])), keep_logits};
-  nb::gil_scoped_release release;
-  return lane.step(*kernels, step, threads);
+  const int64_t batch = static_cast<int64_t>(seen.size());
+  if (!batch || rows % batch) return false;
+  Integers positions(rows);
+  for (int64_t r = 0; r < rows; ++r) positions[r] = seen[r * batch / rows];
+  const kvbudget::Step step{data_of(query),
+                            data_of(key),
+                            data_of(value),
+                            bound.type,
+                            scale,
+                            softcap.value_or(0.0f),
+                            window.value_or(0),
+                            std::move(positions),
+                            reinterpret_cast<const uint8_t*>(apart),
+                            const_cast<uint8_t*>(data_of(out)),
+                            reinterpret_cast<float*>(lse),
+                            keep_logits};
+  {
+    nb::gil_scoped_release release;
+    if (!bound.lane.step(*kernels, step, threads)) return false;
+  }
+  if (apart) return true;
+  for (const nb::handle table : grown) {
+    Integers longer = lengths_of(table);
+    for (int64_t& n : longer) ++n;
+    table.attr("lengths") = longer;
+  }
+  return true;
 }
 
-bool lane_accumulate(const kvbudget::Lane& lane, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
+// decay: one number per sequence, or per row.
+bool lane_accumulate(const BoundLane& bound, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
                      float factor, int threads) {
   std::vector<float*> columns;
   for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
+  const size_t rows = static_cast<size_t>(bound.rows);
+  if (decay.empty() || rows % decay.size()) throw std::invalid_argument("one decay per sequence or per row is needed");
+  std::vector<float> each(rows);
+  for (size_t r = 0; r < rows; ++r) each[r] = decay[r * decay.size() / rows];
   nb::gil_scoped_release release;
-  return lane.accumulate(*kernels, static_cast<size_t>(first), columns, decay, factor, threads);
+  return bound.lane.accumulate(*kernels, static_cast<size_t>(first), columns, each, factor, threads);
 }
 
 bool use(const std::string& name) {
@@ -258,7 +331,7 @@ NB_MODULE(_native, m) {
   m.def("count_kept", &count_kept);
   m.def("compact", &compact);
   m.def("select", &select_best);
-  nb::class_<kvbudget::Lane>(m, "Lane")
+  nb::class_<BoundLane>(m, "Lane")
       .def(nb::new_(&lane))
       .def("step", &lane_step)
       .def("accumulate", &lane_accumulate);

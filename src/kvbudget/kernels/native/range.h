@@ -2,7 +2,7 @@
 #pragma once
 
 #include "codebook.h"
-#include "dot.h"
+#include "lanes.h"
 #include "weigh.h"
 
 namespace kvbudget {
@@ -24,7 +24,9 @@ struct Side {
   float* zero;           // the same
   float* meta;           // conversion buffer
   float* expanded;       // [kTile][lanes] for operands without a direct form
-  uint8_t* copied;       // [kTile + 4] rows that are gathered, widened, or read past the range
+  uint8_t* copied;       // [kTile + 4 * W] rows that are gathered, widened, or read past the range
+  int words;             // keys that lanes.h reads: words per row; else 0
+  uint32_t* turned;      // [words][kLanes]
   Table table;           // of codebook operands
 };
 
@@ -85,6 +87,8 @@ KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, S
   side.meta = arena.take<float>(meta);
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
   side.copied = arena.take<uint8_t>(direct ? static_cast<size_t>(kTile + 4 * W) * row_bytes(x) : 0);
+  side.words = lane_words(x);
+  side.turned = arena.take<uint32_t>(static_cast<size_t>(side.words) * kLanes);
   if (x.kind != Kind::codebook) return;
   side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
   side.table.lanes = arena.take<float>(W * x.width);
@@ -162,9 +166,9 @@ KV_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
   for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
-// n rows from entry t on (n <= kTile), and readable ones up to the next multiple of 4 * entries; expands, gathers or copies
-// where it must.
-KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end, int ahead) {
+// n rows from entry t on (n <= kTile), and readable ones up to the next multiple of `whole`; expands, gathers or copies where
+// it must.
+KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end, int ahead, int whole) {
   const Order& o = side.order;
   if (o.codec == Codec::expand) {
     for (int i = 0; i < n; ++i) {
@@ -186,10 +190,10 @@ KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, in
   }
   const uint8_t* base = x.data + (start + t) * x.stride;
   const int64_t left = end - t - ahead;
-  if (x.bits != 3 && t + padded(n, 4 * o.entries) <= end) return {base, o.entries * x.stride, left >= n ? ahead * x.stride : 0};
+  if (x.bits != 3 && t + padded(n, whole) <= end) return {base, o.entries * x.stride, left >= n ? ahead * x.stride : 0};
   if (left > 0) prefetch(base + ahead * x.stride, (left < n ? left : n) * x.stride);
   for (int i = 0; i < n; ++i) copy_row(x, base + i * x.stride, bytes, side.copied + i * bytes);
-  std::memset(side.copied + n * bytes, 0, (padded(n, 4 * o.entries) - n) * bytes);
+  std::memset(side.copied + n * bytes, 0, (padded(n, whole) - n) * bytes);
   return {side.copied, o.entries * bytes, 0};
 }
 
@@ -242,7 +246,10 @@ KV_INLINE void prepare_query(const Job& job, State& s, int row) {
   for (int i = 0; i < M * D; ++i) s.query[i] *= job.scale;
   for (int m = 0; m < M; ++m) {
     const float* q = s.query + m * D;
-    for (int i = 0; i < lanes; ++i) s.permuted[m * lanes + i] = q[s.key.channel[i]] * s.key.unit[i];
+    if (s.key.words)
+      for (int d = 0; d < D; ++d) s.permuted[m * lanes + d] = q[d] * unit_of(d, s.key.words, kernel_bits(job.key));
+    else
+      for (int i = 0; i < lanes; ++i) s.permuted[m * lanes + i] = q[s.key.channel[i]] * s.key.unit[i];
     if (job.key.kind == Kind::token)
       for (int j = 0; j < s.key.groups; ++j) {
         float total = 0.0f;
@@ -263,7 +270,7 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
   prefetch(x.zero + (group + 1) * bytes, bytes);
   prefetch(x.scale + (group + 1) * bytes, bytes);
   to_float(x.zero, x.type, group * D, D, s.key.meta);
-  const float share = static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
+  const float share = s.key.words ? 1.0f : static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
   for (int m = 0; m < M; ++m) {
     vf bias[2] = {};
     for (int i = 0; i < D; i += 2 * W) {  // codes with a direct form have a multiple of 32 channels
@@ -272,10 +279,15 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
     }
     s.bias[m] = sum(bias[0] + bias[1]) * share;
   }
-  to_float(x.scale, x.type, group * D, D, s.key.meta);
-  permute(s.key.order, s.key.meta, s.key.scale);
+  const int filled = s.key.words ? D : lanes;
+  if (s.key.words) {
+    to_float(x.scale, x.type, group * D, D, s.key.scale);
+  } else {
+    to_float(x.scale, x.type, group * D, D, s.key.meta);
+    permute(s.key.order, s.key.meta, s.key.scale);
+  }
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < lanes; i += W)
+    for (int i = 0; i < filled; i += W)
       store(s.scaled + m * lanes + i, load(s.permuted + m * lanes + i) * load(s.key.scale + i));
 }
 
@@ -313,8 +325,13 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
       if (at == 0 || u % x.group == 0) prepare_group(job, s, x.starts[row] + group);
       q = s.scaled;
     }
-    dot(side.order.codec, point(x, side, row, t + at, count, end, s.block), count, q, side.lanes, M, side.chunks, s.bias,
-        token && side.groups > 1 ? &scales : nullptr, at, s.logits + at, stride);
+    const Rows rows = point(x, side, row, t + at, count, end, s.block, side.words ? kLanes : 4 * side.order.entries);
+    if (side.words)
+      dot_lanes(kernel_bits(x), rows, rows.step / side.order.entries, count, q, side.lanes, M, side.words, s.bias, side.turned,
+                s.logits + at, stride);
+    else
+      dot(side.order.codec, rows, count, q, side.lanes, M, side.chunks, s.bias,
+          token && side.groups > 1 ? &scales : nullptr, at, s.logits + at, stride);
     at += count;
   }
   for (int m = 0; m < M; ++m) {
@@ -470,7 +487,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
       const int64_t left = (u / x.group + 1) * x.group - u;
       if (left < count) count = static_cast<int>(left);
     }
-    const Rows rows = point(x, side, row, t + at, count, end, s.block);
+    const Rows rows = point(x, side, row, t + at, count, end, s.block, 4 * entries);
     Weights w{s.logits + at, stride, 0};
     if (token) {
       w = {s.weights + at * repeat, (s.block + W) * repeat, static_cast<int64_t>(M) * (s.block + W) * repeat};

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #define KV_INLINE static inline __attribute__((always_inline))
 
 namespace kvbudget {
@@ -44,11 +48,32 @@ KV_INLINE void pin(vf& x) {
 #endif
 }
 
-// Hides where a pointer comes from, so that what is loaded through it is loaded again rather than kept in a register.
-KV_INLINE const uint8_t* hidden(const uint8_t* p) {
-  __asm__ volatile("" : "+r"(p));
-  return p;
+// acc += x * k where acc stands: compilers move accumulators about when a tile fills the registers.
+KV_INLINE void fma(vf& acc, vf x, vf k) {
+#if defined(__FMA__) && defined(__AVX512VL__)
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(k));
+#elif defined(__FMA__)
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(x), "x"(k));
+#else
+  acc += x * k;
+#endif
 }
+
+// Sixteen bytes from either pointer.
+KV_INLINE vf load_halves(const uint8_t* low, const uint8_t* high) {
+#if defined(__AVX__)
+  const float *a = reinterpret_cast<const float*>(low), *b = reinterpret_cast<const float*>(high);
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+#else
+  vf x;
+  std::memcpy(&x, low, 16);
+  std::memcpy(reinterpret_cast<uint8_t*>(&x) + 16, high, 16);
+  return x;
+#endif
+}
+
+// Hides where a pointer comes from, so that what is loaded through it is loaded again rather than kept in a register.
+KV_INLINE void hide(const uint8_t*& p) { __asm__ volatile("" : "+r"(p)); }
 
 KV_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX__) && !defined(__clang__)

@@ -42,7 +42,8 @@ void weigh_rows(const Rows& rows, int n, const Weights& w, const int* group_of, 
         for (int i = 0; i < V; ++i) {
           // Twelve accumulators leave no register for a word of codes: one that waits for its next mask would push an
           // accumulator out to memory, and the chain of additions through it.
-          vf v = C::get(MT * V > 8 ? hidden(row) : row, s + i);
+          if constexpr (MT * V > 8) hide(row);
+          const vf v = C::get(row, s + i);
 #pragma GCC unroll 4
           for (int m = 0; m < MT; ++m) x[m][i] += p[m] * v;
         }
