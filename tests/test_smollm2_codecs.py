@@ -97,9 +97,9 @@ def test_more_entries_in_fewer_bits_come_before_fewer_in_more(fidelity):
 def test_what_papers_order_of_calibrated_codecs_is_so(fidelity, smollm2, tmp_path):
     """KVQuant's outliers help its 3 bits, and AQUA-KV's predictors come before KIVI at 2, fitted to a passage or two."""
     model, tokenizer = smollm2
-    texts = passages(tokenizer, 128, 2, seed=1)
-    kvquant = calibrate("kvquant", model, tmp_path / "kvquant", texts=texts[:1], count=1, length=128, tokens=128)
-    aquakv = calibrate("aquakv", model, tmp_path / "aquakv", texts=texts, count=2, length=128)
+    texts = passages(tokenizer, 256, 2, seed=1)
+    kvquant = calibrate("kvquant", model, tmp_path / "kvquant", texts=texts[:1], count=1, length=256, tokens=128)
+    aquakv = calibrate("aquakv", model, tmp_path / "aquakv", texts=texts, count=2, length=256)
     plain, outliers = (fidelity(f"kvquant(sparsity={share}, file='{kvquant}')").kl_mean for share in (0.0, 0.01))
     assert outliers < 0.7 * plain
     assert fidelity(f"aquakv(file='{aquakv}')").kl_mean < 0.5 * fidelity(KIVI_2).kl_mean
