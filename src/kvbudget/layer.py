@@ -146,6 +146,7 @@ class LayerCache(LayerEntries):
         if self._lane is not None:
             self._lane.spilled = None
             if self._lane.main != self.main or self._lane.front != self.front:
+                self._lane.forget()
                 self._lane = None
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:

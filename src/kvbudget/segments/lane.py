@@ -65,6 +65,11 @@ class Lane:
         """A storage has moved, or may no longer be written: the addresses must not be used again."""
         self.handle, self.moved = None, True
 
+    def forget(self) -> None:
+        """Lets go of segments that have been replaced: tables that stay still know this lane."""
+        self.leave()
+        self.front, self.main, self.grown, self.held, self.states, self.spilled = [], [], [], [], {}, None
+
     def step(
         self,
         query: Tensor,
