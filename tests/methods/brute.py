@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 from transformers import PreTrainedModel
 
+from kvbudget.attending import AttentionLayer
 from kvbudget.cache import KVCache
 from kvbudget.layer import AttentionCall
 
@@ -107,14 +108,20 @@ def run(
     """Feeds ``ids [B, T]`` in forwards of these sizes; checks the cache (and the brute force) after each; logits."""
     assert sum(sizes) == ids.shape[1]
     calls: list[tuple[int, AttentionCall, Tensor]] = []
-    attend = cache.attend
+    attend, step = cache.attend, cache.step
 
     def recorded(index: int, call: AttentionCall, *args: object) -> Tensor:
         out = attend(index, call, *args)
         calls.append((index, call, out))
         return out
 
-    cache.attend = recorded  # type: ignore[method-assign]
+    def stepped(layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor, *args: float) -> Tensor | None:
+        out = step(layer, query, key, value, *args)
+        if out is not None:
+            calls.append((layer.index, AttentionCall(query, key, value, *args), out.transpose(1, 2)))
+        return out
+
+    cache.attend, cache.step = recorded, stepped  # type: ignore[method-assign]
     logits, begin = [], 0
     for size in sizes:
         calls.clear()
@@ -129,7 +136,7 @@ def run(
         for index, heads in brute.layers.items():
             expected = [head.positions.tolist() for head in heads]
             assert kept_positions(cache, index) == expected, f"layer {index} after {begin} tokens"
-    del cache.attend
+    del cache.attend, cache.step
     return torch.cat(logits, dim=1)
 
 
