@@ -143,11 +143,11 @@ class LayerCache(LayerEntries):
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
-        if self._lane is not None:
-            self._lane.spilled = None
-            if self._lane.main != self.main or self._lane.front != self.front:
-                self._lane.forget()
-                self._lane = None
+        lane = self._lane
+        if lane is not None:
+            lane.spilled = None
+            if lane.main != self.main or lane.front != self.front:
+                lane.leave()
 
     def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
         """As `forward`, but a selector says what the queries read; None where all of them read everything."""

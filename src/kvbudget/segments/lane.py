@@ -62,13 +62,9 @@ class Lane:
         }
 
     def leave(self) -> None:
-        """A storage has moved, or may no longer be written: the addresses must not be used again."""
-        self.handle, self.moved = None, True
-
-    def forget(self) -> None:
-        """Lets go of segments that have been replaced: tables that stay still know this lane."""
-        self.leave()
-        self.front, self.main, self.grown, self.held, self.states, self.spilled = [], [], [], [], {}, None
+        """A storage has moved, or may no longer be written: the addresses must not be used, nor segments be kept alive."""
+        self.handle, self.spilled, self.moved = None, None, True
+        self.front, self.main, self.held, self.grown = [], [], [], []
 
     def step(
         self,
