@@ -88,7 +88,7 @@ def check(cache: KVCache, known: Sequence[Tensor]) -> None:
             for row in kept_positions(cache, layer, b):
                 assert row == sorted(set(row)) and row[-1] < seen
                 assert row[: protect.sinks] == list(range(min(protect.sinks, seen)))
-                recent = min(protect.recent, seen)
+                recent = min(protect.window(entries[b]), seen)
                 assert row[len(row) - recent :] == list(range(seen - recent, seen)), store.layer_idx
 
 

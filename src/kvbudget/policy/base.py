@@ -104,7 +104,7 @@ class Protect(Part):
 
     def window(self, mean: float) -> int:
         """The last positions that are kept when a head keeps ``mean`` entries."""
-        return self.recent if self.most >= 1 else int(min(self.recent, self.most * mean))
+        return self.recent if self.most >= 1 else int(min(self.recent, max(1.0, self.most * mean)))
 
 
 @dataclass(frozen=True)
