@@ -10,7 +10,7 @@ from kvbudget.codecs.low_rank import LowRank
 from kvbudget.codecs.sparse import Outliers
 from kvbudget.errors import PolicyError
 from kvbudget.kernels import FEW_QUERIES, reference
-from kvbudget.kernels.reference import DenseOperand
+from kvbudget.kernels.operands import DenseOperand
 from kvbudget.methods import parse
 
 

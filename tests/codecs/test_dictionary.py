@@ -10,7 +10,7 @@ from kvbudget.calibrate import calibrate
 from kvbudget.codecs.dictionary import Sparse, pursue
 from kvbudget.errors import PolicyError
 from kvbudget.kernels import AtomOperand
-from kvbudget.kernels.reference import DecodedOperand
+from kvbudget.kernels.operands import DecodedOperand
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.segments.store import SEALED

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 
 @dataclass(frozen=True)

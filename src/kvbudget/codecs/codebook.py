@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.kernels.codebook import CodebookOperand
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 WORDS = 256
 """Words of a codebook: codes are bytes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Codec, Place
 from kvbudget.kernels.atoms import AtomOperand
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 BLOCK = 2048
 """Vectors that are decomposed at a time."""

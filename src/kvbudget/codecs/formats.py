@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place
-from kvbudget.kernels.reference import DenseOperand, Operand
+from kvbudget.kernels.operands import DenseOperand, Operand
 
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 HEADROOM = 2.0

@@ -14,13 +14,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.codecs.base import Codec, Place
 from kvbudget.errors import PolicyError
-from kvbudget.kernels.reference import (
-    ChannelQuantOperand,
-    Operand,
-    TokenQuantOperand,
-    packed_width,
-    unpack,
-)
+from kvbudget.kernels.operands import ChannelQuantOperand, Operand, TokenQuantOperand, packed_width, unpack
 
 BITS = (1, 2, 3, 4, 8)
 

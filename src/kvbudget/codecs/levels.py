@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.integer import check_bits
 from kvbudget.kernels.encode import HALF_MAX, quantize
-from kvbudget.kernels.reference import pack, packed_width, unpack
+from kvbudget.kernels.operands import pack, packed_width, unpack
 
 
 def pack_levels(codes: Tensor, bits: Tensor) -> Tensor:

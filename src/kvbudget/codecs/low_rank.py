@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Place, Stage
 from kvbudget.codecs.sparse import corrected
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 
 @dataclass(frozen=True)

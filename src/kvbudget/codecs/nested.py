@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Place, Stage
 from kvbudget.kernels.apart import SummedOperand
-from kvbudget.kernels.reference import ChannelQuantOperand, Operand, TokenQuantOperand, pack, packed_width, unpack
+from kvbudget.kernels.operands import ChannelQuantOperand, Operand, TokenQuantOperand, pack, packed_width, unpack
 
 LOW_BITS = 4
 

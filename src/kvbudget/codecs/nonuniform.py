@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Codec, Place
 from kvbudget.codecs.sparse import index_type
 from kvbudget.kernels.encode import HALF_MAX
-from kvbudget.kernels.reference import pack, packed_width, unpack
+from kvbudget.kernels.operands import pack, packed_width, unpack
 
 SMALLEST = 1e-6
 """Ranges below this count as this, so that constant channels decode to their constant."""

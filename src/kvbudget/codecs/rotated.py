@@ -13,7 +13,7 @@ from kvbudget.codecs.base import Asked, Codec, Place, Stage
 from kvbudget.codecs.codebook import codewords, nearest
 from kvbudget.codecs.integer import divisor
 from kvbudget.kernels.codebook import CodebookOperand
-from kvbudget.kernels.reference import Operand, pack, packed_width, unpack
+from kvbudget.kernels.operands import Operand, pack, packed_width, unpack
 
 Kind = Literal["hadamard", "random"]
 

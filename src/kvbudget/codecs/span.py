@@ -12,7 +12,7 @@ from kvbudget.codecs.integer import check_bits
 from kvbudget.codecs.rotated import byte_codes, byte_order
 from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.encode import HALF_MAX
-from kvbudget.kernels.reference import Operand, pack, packed_width, unpack
+from kvbudget.kernels.operands import Operand, pack, packed_width, unpack
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place, Stage
 from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.encode import HALF_MAX
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 
 def index_type(size: int) -> torch.dtype:

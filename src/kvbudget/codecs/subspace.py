@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Place
 from kvbudget.codecs.integer import ChannelQuant
 from kvbudget.kernels.encode import quantize
-from kvbudget.kernels.reference import pack
+from kvbudget.kernels.operands import pack
 
 
 @dataclass(frozen=True)

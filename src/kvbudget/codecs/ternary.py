@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.rotated import cosines
 from kvbudget.kernels.encode import encode_units
-from kvbudget.kernels.reference import pack, packed_width, unpack
+from kvbudget.kernels.operands import pack, packed_width, unpack
 
 POWERS = (1, 3, 9, 27, 81)
 

@@ -20,18 +20,17 @@ from kvbudget.kernels.atoms import AtomOperand
 from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
-from kvbudget.kernels.ragged import Layout
-from kvbudget.kernels.reference import (
+from kvbudget.kernels.operands import (
     ChannelQuantOperand,
     DenseOperand,
     Operand,
-    Partial,
     TokenQuantOperand,
-    causal_attend,
     pack,
     packed_width,
     unpack,
 )
+from kvbudget.kernels.ragged import Layout
+from kvbudget.kernels.reference import Partial, causal_attend
 
 __all__ = [
     "AtomOperand",

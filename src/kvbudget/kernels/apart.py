@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvbudget.kernels import reference
 from kvbudget.kernels.corrected import CorrectedOperand
-from kvbudget.kernels.reference import DenseOperand, Operand, Partial
+from kvbudget.kernels.operands import DenseOperand, Operand
+from kvbudget.kernels.reference import Partial
 
 FEW_QUERIES = 32
 """Up to this many queries per row; more of them are worth decoding blocks of entries for."""

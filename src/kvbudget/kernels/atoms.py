@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbudget.kernels.reference import Operand
+from kvbudget.kernels.operands import Operand
 
 
 @dataclass

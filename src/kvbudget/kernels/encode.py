@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvbudget.kernels.reference import pack
+from kvbudget.kernels.operands import pack
 
 HALF_MAX = torch.finfo(torch.float16).max
 

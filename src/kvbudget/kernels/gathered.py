@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvbudget.kernels.codebook import CodebookOperand
-from kvbudget.kernels.reference import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, unpack
+from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, unpack
 
 
 @dataclass

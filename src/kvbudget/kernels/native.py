@@ -10,14 +10,8 @@ from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import _native
 from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.gathered import GatheredOperand
-from kvbudget.kernels.reference import (
-    ChannelQuantOperand,
-    DenseOperand,
-    Operand,
-    Partial,
-    TokenQuantOperand,
-    packed_width,
-)
+from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
+from kvbudget.kernels.reference import Partial
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DENSE, _TOKEN, _CHANNEL, _CODEBOOK = range(4)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.codecs.base import Asked
-from kvbudget.kernels.reference import DenseOperand, Operand, Partial
+from kvbudget.kernels.operands import DenseOperand, Operand
+from kvbudget.kernels.reference import Partial
 from kvbudget.segments.ragged import RaggedTable
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.errors import PolicyError
-from kvbudget.kernels.reference import DenseOperand, Partial
+from kvbudget.kernels.operands import DenseOperand
+from kvbudget.kernels.reference import Partial
 from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.ragged import RaggedTable

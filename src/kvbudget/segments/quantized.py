@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.codecs.base import Asked, Codec
-from kvbudget.kernels.reference import Operand, Partial
+from kvbudget.kernels.operands import Operand
+from kvbudget.kernels.reference import Partial
 from kvbudget.models import Rotation
 from kvbudget.segments.base import AttendContext, Segment, Side
 from kvbudget.segments.dense import DenseSegment

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kvbudget import kernels
 from kvbudget.codecs.base import Asked, Codec, Place
+from kvbudget.kernels.operands import DecodedOperand, DenseOperand, Operand
 from kvbudget.kernels.ragged import kept_cells
-from kvbudget.kernels.reference import DecodedOperand, DenseOperand, Operand
 from kvbudget.models import Rotation
 from kvbudget.segments.base import Side
 from kvbudget.segments.ragged import RaggedTable

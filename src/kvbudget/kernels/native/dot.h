@@ -134,7 +134,9 @@ KV_INLINE void dot(Codec codec, const Rows& rows, int n, const float* q, int64_t
       if (scales)
         return dot_queries<C, true>(rows, n, q, q_stride, queries, chunks, start, *scales, first, out, out_stride);
     }
-    dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, start, LaneScales{}, first, out, out_stride);
+    // Other codes without factors per group of channels are read by lanes.h.
+    if constexpr (!C::codes || C::entries == 4)
+      dot_queries<C, false>(rows, n, q, q_stride, queries, chunks, start, LaneScales{}, first, out, out_stride);
   });
 }
 

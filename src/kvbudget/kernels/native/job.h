@@ -24,7 +24,7 @@ struct Book {
   const uint8_t* shift;       // per entry, with the mean
 };
 
-// Keys or values of all rows; the fields are those of reference.py's operands.
+// Keys or values of all rows; the fields are those of operands.py.
 struct Operand {
   Kind kind;
   Type type;           // of the data (dense) or of scale and zero (token, channel)

@@ -1,0 +1,87 @@
+"""Judges trained gates on texts that they have not seen, beside untrained ones, which it also writes as artifacts.
+
+    kvbudget calibrate "kvzap(count=10)+fast_kvzip(count=10)+locret(count=10)" --text wikitext2 --seed 1
+    python benchmarks/gates.py [--model smollm2-135m] [--text books] [--texts 3] [--untrained results/untrained]
+
+Targets are those of the calibration. R2 (where targets are logarithms), rank correlation, and overlap: the share of the best
+half and quarter of the tokens by the target that are also those by the gate; means over layers, KV heads and texts. The
+artifacts let `kvbudget bench` run the untrained forms: ``locret(file='results/untrained/locret.safetensors')``.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kvbudget
+from kvbudget.calibrate import build
+from kvbudget.calibrate.gates import GateCalibration, Taught, examples
+from kvbudget.eval.texts import passages
+from kvbudget.models import check_supported, fingerprint
+from kvbudget.policy.artifact import Artifact
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks of ``[l, n, Hkv]`` over the tokens, less their mean, of length one."""
+    order = values.argsort(1).argsort(1).float()
+    order -= order.mean(1, keepdim=True)
+    return order / order.norm(dim=1, keepdim=True)
+
+
+def overlap(scores: Tensor, targets: Tensor, share: float) -> float:
+    """Share of the best tokens by ``targets [l, n, Hkv]`` that are among as many best ones by the scores."""
+    count = int(share * targets.shape[1])
+    best = [torch.zeros_like(x).scatter_(1, x.topk(count, 1).indices, 1.0) for x in (scores, targets)]
+    return float((best[0] * best[1]).sum(1).mean() / count)
+
+
+def judge(scores: Tensor, targets: Tensor) -> list[float]:
+    """R2, rank correlation, and overlap of the best half and quarter."""
+    spread = (targets - targets.mean(1, keepdim=True)).square().sum(1)
+    explained = 1 - (scores - targets).square().sum(1) / spread
+    correlation = (ranks(scores) * ranks(targets)).sum(1)
+    return [
+        float(explained.mean()),
+        float(correlation.mean()),
+        overlap(scores, targets, 0.5),
+        overlap(scores, targets, 0.25),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", default="books")
+    parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--untrained", type=Path, default=Path("results/untrained"))
+    chosen = parser.parse_args()
+    model, tokenizer = kvbudget.load(chosen.model)
+    check_supported(model)
+    mark = fingerprint(model)
+    chosen.untrained.mkdir(parents=True, exist_ok=True)
+    texts = passages(tokenizer, chosen.length, chosen.texts, seed=chosen.seed, source=chosen.text)
+    print(f"{'gate':12}{'':11}{'R2':>8}{'rank corr.':>12}{'best 50%':>10}{'best 25%':>10}")
+    for method in ("kvzap", "fast_kvzip", "locret"):
+        fit = build(method)
+        assert isinstance(fit, Taught)
+        forms = {"trained": Artifact.load(method, mark).tensors}
+        if isinstance(fit, GateCalibration):
+            forms["untrained"] = fit.untrained(model, torch.Generator().manual_seed(0))
+            Artifact(method, mark, forms["untrained"], {}).save(chosen.untrained / f"{method}.safetensors")
+        found: dict[str, list[list[float]]] = {form: [] for form in forms}
+        for ids in texts:
+            x, y, index = examples(fit, model, ids[None])
+            for form, weights in forms.items():
+                with torch.no_grad():
+                    scores = fit.gate().score(x, {name: weight[index] for name, weight in weights.items()})
+                found[form].append(judge(scores, y))
+        for form, rows in found.items():
+            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            print(f"{method:12}{form:11}{means[0]:8.2f}{means[1]:12.2f}{means[2]:10.2f}{means[3]:10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
