@@ -60,6 +60,7 @@ def main() -> None:
     """Prints one JSON line per text and codec, and draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default=None, help="what the model computes in; float32 by default")
     parser.add_argument("--text", default=None, help="source of texts, as in kvbudget bench")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--continuation", type=int, default=256)
@@ -77,14 +78,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     source = arguments.text or default_source()
-    setting = {name: getattr(arguments, name) for name in ("model", "context", "continuation", "budget")} | {
+    setting = {name: getattr(arguments, name) for name in ("model", "dtype", "context", "continuation", "budget")} | {
         "source": source
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     known = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     lines = [line for line in map(json.loads, known) if all(line.get(name) == x for name, x in setting.items())]
     done = {(line["text"], line["policy"]) for line in lines}
-    model, tokenizer = kvbudget.load(arguments.model)
+    model, tokenizer = kvbudget.load(arguments.model, dtype=arguments.dtype or "float32")
     policies = arguments.policies.split(";") if arguments.policies else everything(model)
     if arguments.policies == "measured":
         once = dict.fromkeys(line["policy"] for line in lines)
