@@ -49,7 +49,9 @@ bench: $(VENV)/.stamp-eval $(VENV)/.stamp-model
 	@$(BIN)/kvbudget calibrate "$(CALIBRATED)" --text wikitext2 --missing
 	@set -e; for part in benchmarks/full/*.yaml; do \
 		$(BIN)/kvbudget bench --matrix $$part --results results/bench.jsonl --no-report; done
-	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md --auto src/kvbudget/auto_table.json
+	@$(BIN)/kvbudget bench --matrix benchmarks/equal_bytes.yaml --results results/equal_bytes.jsonl --no-report
+	@$(BIN)/kvbudget report results/bench.jsonl --markdown docs/results.md
+	@$(BIN)/kvbudget report results/bench.jsonl results/equal_bytes.jsonl --auto src/kvbudget/auto_table.json
 	@$(BIN)/kvbudget methods --markdown > docs/methods.md
 
 # kvpress and transformers' QuantizedCache on the same contexts, in an environment of their own: the table of docs/fidelity.md.

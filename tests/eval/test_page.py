@@ -11,7 +11,7 @@ import pytest
 from kvbudget.errors import KVBudgetError
 from kvbudget.eval.leaderboard import commands, leaderboard
 from kvbudget.eval.page import write_report
-from kvbudget.eval.results import ResultsFile
+from kvbudget.eval.results import ResultsFile, gather
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -90,7 +90,7 @@ def written(tmp_path_factory) -> Path:
     page = folder / "docs" / "results.md"
     page.parent.mkdir()
     page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
-    return write_report(results.path, folder / "out", page)
+    return write_report(gather([results.path]), folder / "out", page)
 
 
 def test_the_leaderboard_says_what_can_be_told_apart(written) -> None:
@@ -136,7 +136,16 @@ def test_the_command_names_policies_budgets_and_visible_tasks() -> None:
 
 def test_an_empty_file_is_refused(tmp_path) -> None:
     with pytest.raises(KVBudgetError, match="no finished cell"):
-        write_report(tmp_path / "none.jsonl", tmp_path)
+        gather([tmp_path / "none.jsonl"])
+
+
+def test_files_are_gathered_and_the_later_result_of_a_cell_counts(tmp_path) -> None:
+    first, second = (ResultsFile(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    one, two = cell("snapkv", "10%", [1.0]), cell("knorm", "10%", [1.0])
+    for line in (one, two):
+        first.add_cell(line)
+    second.add_cell(two | {"seed": 7})
+    assert gather([first.path, second.path]) == [one, two | {"seed": 7}]
 
 
 def test_the_page_needs_no_network(written) -> None:

@@ -210,10 +210,11 @@ def test_the_command_line_measures_reports_and_names_what_shows_nothing(folder, 
     assert len(json.loads(found.stdout)) == 6
     assert page.read_text() == (tmp_path / "r" / "leaderboard.md").read_text()
     assert "Not informative" in page.read_text()
-    again = invoke("report", str(results), "--folder", str(tmp_path / "other"), "--auto", str(tmp_path / "auto.json"))
+    again = invoke("report", str(results), "--folder", str(tmp_path / "other"))
     assert again.exit_code == 0 and (tmp_path / "other" / "report.html").exists()
-    (situation,) = json.loads((tmp_path / "auto.json").read_text())["situations"]
-    assert set(situation["policies"]) == {"random", "knorm"}
+    auto = invoke("report", str(results), "--auto", str(tmp_path / "auto.json"))
+    assert auto.exit_code == 2 and "--task needle@visible" in " ".join(auto.stderr.split())
+    assert not (tmp_path / "auto.json").exists()
 
 
 def test_tasks_that_the_full_cache_cannot_do_are_not_informative():

@@ -80,31 +80,39 @@ def bench(
     for name in ResultsFile(results).weak_tasks():
         notice(f"not informative: the full cache itself cannot do {name}")
     if report:
-        _write(results, results.with_suffix(""), markdown)
+        _write([results], results.with_suffix(""), markdown)
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="What kvbudget bench wrote.")],
-    folder: Annotated[Path | None, typer.Option("--folder", "-o", help="Where to write; beside the results.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="What kvbudget bench wrote; several files make one report.")],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", "-o", help="Where to write; beside the first of the results.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard there too.")] = None,
-    auto: Annotated[Path | None, typer.Option(help="Write the table that policy=auto reads.")] = None,
+    auto: Annotated[Path | None, typer.Option(help="Write only the table that policy=auto reads.")] = None,
 ) -> None:
     """Write one HTML page without network needs, PNG figures and a Markdown leaderboard from bench results.
 
     [dim]$[/dim] kvbudget report results/bench.jsonl
     """
-    _write(results, folder or results.with_suffix(""), markdown)
-    if auto is not None:
+    if auto is None:
+        _write(results, folder or results[0].with_suffix(""), markdown)
+    elif folder is not None or markdown is not None:
+        raise KVBudgetError(
+            "--auto writes a table and no report; run kvbudget report again without it for --folder and --markdown"
+        )
+    else:
         from kvbudget.eval.ranking import write_ranking
-        from kvbudget.eval.results import ResultsFile
+        from kvbudget.eval.results import gather
 
-        write_ranking(ResultsFile(results).report(), auto)
+        write_ranking(gather(results), auto)
 
 
-def _write(results: Path, folder: Path, markdown: Path | None) -> None:
+def _write(results: list[Path], folder: Path, markdown: Path | None) -> None:
     from kvbudget.eval.page import write_report
+    from kvbudget.eval.results import gather
 
-    notice(f"report: {write_report(results, folder, markdown)}")
+    notice(f"report: {write_report(gather(results), folder, markdown)}")
 
 
 def _split(text: str) -> tuple[str, ...]:

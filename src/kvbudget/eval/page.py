@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbudget.budget import format_bytes
-from kvbudget.errors import KVBudgetError
 from kvbudget.eval import figures
 from kvbudget.eval.leaderboard import against_best, best_of, commands, excess, leaderboard, score_name, shown
-from kvbudget.eval.results import ResultsFile, informative, title
+from kvbudget.eval.results import informative, title
 from kvbudget.files import insert
 
 Cells = Sequence[dict[str, Any]]
@@ -71,15 +70,12 @@ COLUMNS = (
 )
 
 
-def write_report(results: Path, folder: Path, markdown: Path | None = None) -> Path:
-    """Writes ``report.html``, ``leaderboard.md`` and PNG files from a results file; returns the page's path.
+def write_report(cells: Cells, folder: Path, markdown: Path | None = None) -> Path:
+    """Writes ``report.html``, ``leaderboard.md`` and PNG files from the cells of a bench; returns the page's path.
 
     The leaderboard is also written to ``markdown``: between its marks ``<!-- bench -->`` and ``<!-- /bench -->`` where that
     page exists and has them.
     """
-    cells = ResultsFile(results).report()
-    if not cells:
-        raise KVBudgetError(f"{str(results)!r} holds no finished cell; run kvbudget bench --results {results} first")
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[tuple[str, Path]] = []
     for name in dict.fromkeys(map(title, cells)):

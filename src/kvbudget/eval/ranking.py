@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbudget.budget import Budget
-from kvbudget.errors import PolicyError
+from kvbudget.errors import KVBudgetError, PolicyError
 from kvbudget.eval.leaderboard import commands, excess, paired
 from kvbudget.eval.results import informative, title
 from kvbudget.eval.stats import bootstrap_over, compare
@@ -117,7 +117,17 @@ def _policies(cells: Cells, tasks: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def write_ranking(cells: Cells, path: Path) -> None:
-    """Writes the table as JSON, a situation per line."""
+    """Writes the table as JSON, a situation per line.
+
+    Raises:
+        KVBudgetError: where no cell was measured with, or none without, the question in sight; nothing is written then.
+    """
     table = ranking(cells)
+    for visible, task in ((False, "needle"), (True, "needle@visible")):
+        if not any(row["visible"] == visible for row in table["situations"]):
+            raise KVBudgetError(
+                f"no cell at a fraction of the text was measured with the question {'visible' if visible else 'unknown'}, and "
+                f"policy=auto needs both; run kvbudget bench --task {task} into the same results first"
+            )
     rows = ",\n  ".join(json.dumps(row) for row in table.pop("situations"))
     path.write_text(f'{json.dumps(table)[:-1]},\n "situations": [\n  {rows}\n]}}\n', encoding="utf-8")

@@ -74,6 +74,21 @@ class ResultsFile:
         self.journal.unlink(missing_ok=True)
 
 
+def gather(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every cell of several results files; of a cell that stands in two the later one counts.
+
+    Raises:
+        KVBudgetError: where a file holds no finished cell.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        cells = ResultsFile(path).report()
+        if not cells:
+            raise KVBudgetError(f"{str(path)!r} holds no finished cell; run kvbudget bench --results {path} first")
+        found |= {cell["key"]: cell for cell in cells}
+    return list(found.values())
+
+
 def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means by name; a name may be missing from some rows."""
     named = {name: [row[name] for row in rows if name in row] for name in rows[0]}
