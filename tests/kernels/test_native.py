@@ -11,6 +11,7 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import (
+    AtomOperand,
     ChannelQuantOperand,
     CodebookOperand,
     DenseOperand,
@@ -159,12 +160,18 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
         chosen = [torch.randperm(n, generator=generator)[:k] for n, k in zip(longer, lengths, strict=True)]
         starts = [sum(lengths[:row]) for row in range(len(lengths))]
         return GatheredOperand(base, torch.cat(chosen), starts)
-    base = plain_operand(draw, generator, lengths, width)
-    if draw(st.integers(0, 3)) == 0:
-        return turned(draw, generator, lengths, base, width)
-    if draw(st.integers(0, 3)) == 0:
-        return scalar_codes(draw, generator, lengths, width, draw(st.sampled_from(DTYPES)))
-    return base
+    kind = draw(st.sampled_from(["plain", "plain", "scalar", "atoms"]))
+    if kind == "scalar":
+        base: Operand = scalar_codes(draw, generator, lengths, width, draw(st.sampled_from(DTYPES)))
+    elif kind == "atoms":
+        starts, total = scattered(lengths, 1)
+        index, codes = (torch.randint(n, (total, 3), generator=generator) for n in (40, 256))
+        scale = torch.rand(total, 1, generator=generator).to(draw(st.sampled_from(DTYPES)))
+        atoms = torch.randn(40, width, generator=generator) / 128
+        base = AtomOperand((codes - 128).to(torch.int8), index.to(torch.int16), scale, atoms, starts)
+    else:
+        base = plain_operand(draw, generator, lengths, width)
+    return turned(draw, generator, lengths, base, width) if draw(st.integers(0, 3)) == 0 else base
 
 
 def plain_operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvbudget.kernels.atoms import AtomOperand
 from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
@@ -48,9 +49,7 @@ def _gathered(operand: GatheredOperand) -> View | None:
     base, index = describe(operand.base), operand.index
     if (
         base is None
-        or base.chosen
-        or base.scalar
-        or base.turn
+        or type(operand.base) not in _GATHERED
         or index.dtype is not torch.int64
         or not index.is_contiguous()
     ):
@@ -108,10 +107,25 @@ def _codebook(operand: CodebookOperand) -> View | None:
         0 if operand.paired else codes.element_size(),
         _address(operand.mean),
         _address(operand.shift),
+        0,
     )
     stride = codes.shape[2] * codes.element_size()
     head = (_CODEBOOK, kind, codes.data_ptr(), stride, _address(operand.scale), 0, width, 0, operand.unit)
     return View(*head, operand.starts, operand.skip or (), book=book)
+
+
+def _atoms(operand: AtomOperand) -> View | None:
+    codes, index, scale, atoms = operand.codes, operand.index, operand.scale, operand.atoms
+    kind, (size, width) = _kind(scale), atoms.shape
+    wanted = ((codes, torch.int8), (index, torch.int16), (atoms, torch.float32))
+    if kind is None or any(x.dtype is not t or not x.is_cpu or not x.is_contiguous() for x, t in wanted):
+        return None
+    if width % 8 or not 0 < width <= MAX_WIDTH:
+        return None
+    terms = codes.shape[1]
+    book = (atoms.data_ptr(), 1, terms, 1, size, width, 0, 0, 0, 2, 0, 0, codes.data_ptr())
+    head = (_CODEBOOK, kind, index.data_ptr(), 2 * terms, scale.data_ptr(), 0, width, 0, 1)
+    return View(*head, operand.starts, book=book)
 
 
 def _scalar(operand: ScalarOperand) -> View | None:
@@ -178,9 +192,13 @@ _VIEWS: dict[type[Operand], Any] = {
     TokenQuantOperand: _integers,
     ChannelQuantOperand: _integers,
     CodebookOperand: _codebook,
+    AtomOperand: _atoms,
     ScalarOperand: _scalar,
     TurnedOperand: _turned,
 }
+
+
+_GATHERED = (DenseOperand, TokenQuantOperand, ChannelQuantOperand, CodebookOperand)
 
 
 def _kind(*columns: Tensor | None) -> int | None:

@@ -71,7 +71,7 @@ KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 KV_INLINE bool turned(const Operand& x) { return x.turn.matrix || x.turn.cos; }
 
 // Whether look-up tables stand for products with codewords.
-KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !turned(x); }
+KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !x.book.weights && !turned(x); }
 
 // Three bits lie in two planes; the kernels read them as the four bits that `widen` makes of them.
 KV_INLINE int kernel_bits(const Operand& x) { return x.bits == 3 ? 4 : x.bits; }

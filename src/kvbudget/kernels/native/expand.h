@@ -48,13 +48,15 @@ KV_INLINE void expand_words(const Operand& x, int row, int64_t at, float* out, f
   const float shift = book.mean ? element(book.shift, x.type, at) : 0.0f;
   if (book.mean) to_float(book.mean, x.type, at / x.group * x.width, x.width, other);
   for (int i = 0; i < x.width; ++i) out[i] = book.mean ? shift * other[i] : 0.0f;
+  const int8_t* weights = book.weights ? book.weights + at * book.stages * book.subspaces : nullptr;
   for (int k = 0, slot = 0; k < book.stages; ++k)
     for (int p = 0; p < book.subspaces; ++p, ++slot) {
+      const float factor = weights ? scale * weights[slot] : scale;
       const float* word = words_of(book, row, k, p) + static_cast<int64_t>(code_of(book, data, slot)) * book.coupled;
       float* to = out + p * book.coupled;
       int i = 0;
-      for (; i + W <= book.coupled; i += W) store(to + i, load(to + i) + splat(scale) * load(word + i));
-      for (; i < book.coupled; ++i) to[i] += scale * word[i];
+      for (; i + W <= book.coupled; i += W) store(to + i, load(to + i) + splat(factor) * load(word + i));
+      for (; i < book.coupled; ++i) to[i] += factor * word[i];
     }
 }
 

@@ -22,6 +22,7 @@ struct Book {
   int code_bytes;             // 1 or 2; 0: two words per 12 bits, low bytes of an entry first, then high halves
   const uint8_t* mean;        // [units, D]; null: none
   const uint8_t* shift;       // per entry, with the mean
+  const int8_t* weights;      // [entries][stages * subspaces] what each word counts, before the scale; null: one
 };
 
 // How the codes of a scalar operand become elements, in this order; the fields are those of scalar.py.

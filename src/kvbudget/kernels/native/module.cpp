@@ -23,7 +23,8 @@ const kvbudget::Kernels* kernels = kvbudget::best_kernels();
 
 const uint8_t* address(const nb::handle& h) { return reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(h)); }
 
-// (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift)
+// (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift,
+//  weights)
 kvbudget::Book book_of(const nb::tuple& t) {
   kvbudget::Book x{};
   if (t.size() == 0) return x;
@@ -39,6 +40,7 @@ kvbudget::Book book_of(const nb::tuple& t) {
   x.code_bytes = nb::cast<int>(t[9]);
   x.mean = address(t[10]);
   x.shift = address(t[11]);
+  x.weights = reinterpret_cast<const int8_t*>(address(t[12]));
   return x;
 }
 
