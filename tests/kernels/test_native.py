@@ -142,14 +142,16 @@ def scalar_codes(
 
 def turned(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], base: Operand, width: int) -> TurnedOperand:
     """RoPE over some or all channels, at positions in any order, after another basis or not."""
-    pairs, most = draw(st.sampled_from([0, 4, width // 4, width // 2])), 900
-    angle = torch.rand(most, pairs, generator=generator) * 6
+    pairs, most = draw(st.sampled_from([0, 4, width // 4, width // 2])), draw(st.sampled_from([900, 200_000]))
+    frequency = torch.rand(pairs, generator=generator) * 2 - 0.5
     entries, total = scattered(lengths, 1)
     position = torch.randint(most, (total,), generator=generator, dtype=torch.int32)
     matrix = None
     if draw(st.booleans()):
         matrix = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.contiguous()
-    return TurnedOperand(base, angle.cos(), angle.sin(), draw(st.booleans()), position, entries, matrix)
+    return TurnedOperand(
+        base, frequency, draw(st.booleans()), position, entries, matrix, draw(st.sampled_from([1.0, 0.8]))
+    )
 
 
 def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:

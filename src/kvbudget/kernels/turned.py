@@ -13,17 +13,17 @@ from kvbudget.kernels.operands import Operand
 class TurnedOperand(Operand):
     """Entries of ``base`` times ``matrix [D, D]``, then turned by RoPE at their positions.
 
-    ``cos, sin [P, n]`` float32 are those of every position for each of the n pairs of channels that are turned: channels i
-    and i + n, or 2 i and 2 i + 1 (``interleaved``). Entry t of row r is at ``position[entries[r] + t]``, int32 below P.
+    ``frequency [n]`` float32 is the angle per position of each pair of channels that is turned: channels i and i + n, or 2 i and
+    2 i + 1 (``interleaved``); ``factor`` multiplies cosines and sines. Entry t of row r is at ``position[entries[r] + t]``, int32.
     """
 
     base: Operand
-    cos: Tensor
-    sin: Tensor
+    frequency: Tensor
     interleaved: bool
     position: Tensor
     entries: Sequence[int]
     matrix: Tensor | None = None
+    factor: float = 1.0
     most: int = 512
 
     def __post_init__(self) -> None:
@@ -33,9 +33,10 @@ class TurnedOperand(Operand):
         dense = self.base.block(row, begin, end).float()
         if self.matrix is not None:
             dense = dense @ self.matrix
-        pairs = self.cos.shape[1]
-        at = self.position[self.entries[row] + begin : self.entries[row] + end].long()
-        cos, sin = self.cos[at], self.sin[at]
+        pairs = len(self.frequency)
+        at = self.position[self.entries[row] + begin : self.entries[row] + end]
+        angle = at[:, None].float() * self.frequency
+        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
         turning, rest = dense[:, : 2 * pairs], dense[:, 2 * pairs :]
         first, second = turning.unflatten(1, (-1, 2)).unbind(2) if self.interleaved else turning.chunk(2, 1)
         both = (first * cos - second * sin, second * cos + first * sin)

@@ -171,14 +171,14 @@ def _scalar(operand: ScalarOperand) -> View | None:
 
 def _turned(operand: TurnedOperand) -> View | None:
     base = describe(operand.base)
-    position, cos, sin, matrix = operand.position, operand.cos, operand.sin, operand.matrix
+    position, frequency, matrix = operand.position, operand.frequency, operand.matrix
     if base is None or base.width % 8 or position.dtype is not torch.int32 or not position.is_contiguous():
         return None
     turn = (
         _address(matrix),
-        cos.data_ptr() if cos.shape[1] else 0,
-        sin.data_ptr(),
-        cos.shape[1],
+        _address(frequency) if len(frequency) else 0,
+        len(frequency),
+        operand.factor,
         operand.interleaved,
         position.data_ptr(),
         operand.entries,

@@ -229,11 +229,10 @@ class CodecStore:
     def _turned(self, base: Operand, rotation: Rotation, begin: Sequence[int]) -> TurnedOperand:
         """Rows of an operand from entry ``begin[r]`` on, turned as the model turns its keys."""
         position = self.meta.columns["position"]
-        newest = (int(self.meta.row("position", r).max()) for r, n in enumerate(self.meta.lengths) if n)
-        cos, sin = rotation.tables(max(newest) + 1, position.device)
         matrix, base.basis = None if base.basis is None else base.basis.T.contiguous(), None
         entries = [s + f + b for s, f, b in zip(self.meta.starts, self.first.lengths, begin, strict=True)]
-        return TurnedOperand(base, cos, sin, rotation.layout == "interleaved", position, entries, matrix)
+        turned, scaling = rotation.layout == "interleaved", rotation.attention_scaling
+        return TurnedOperand(base, rotation.inv_freq.to(position.device), turned, position, entries, matrix, scaling)
 
     def share(self) -> "CodecStore":
         other = object.__new__(CodecStore)

@@ -68,7 +68,7 @@ KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 
 // Whether entries change after they have been written out, so that no code can be met as it is stored.
-KV_INLINE bool turned(const Operand& x) { return x.turn.matrix || x.turn.cos; }
+KV_INLINE bool turned(const Operand& x) { return x.turn.matrix || x.turn.frequency; }
 
 // Whether look-up tables stand for products with codewords.
 KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !x.book.weights && !turned(x); }

@@ -136,22 +136,32 @@ KV_INLINE void turn(const Operand& x, int row, int64_t t, float* out, float* oth
     std::memcpy(other, out, sizeof(float) * x.width);
     multiply(turn.matrix, other, x.width, out);
   }
-  if (!turn.cos) return;
+  if (!turn.frequency) return;
   const int half = turn.half;
   const int64_t position = turn.position[turn.starts[row] + (x.index ? x.index[x.index_starts[row] + t] : t)];
-  const float *cos = turn.cos + position * half, *sin = turn.sin + position * half;
-  int i = 0;
-  if (!turn.interleaved)
-    for (; i + W <= half; i += W) {
-      const vf a = load(out + i), b = load(out + half + i), c = load(cos + i), s = load(sin + i);
-      store(out + i, a * c - b * s);
-      store(out + half + i, b * c + a * s);
+  for (int i = 0; i < half; i += W) {
+    const int n = half - i < W ? half - i : W;
+    vf angle = {};
+    if (n == W)
+      angle = load(turn.frequency + i);
+    else
+      std::memcpy(&angle, turn.frequency + i, sizeof(float) * n);
+    vf sin, cos;
+    vsincos(angle * splat(static_cast<float>(position)), sin, cos);
+    sin *= splat(turn.factor);
+    cos *= splat(turn.factor);
+    if (n == W && !turn.interleaved) {
+      const vf a = load(out + i), b = load(out + half + i);
+      store(out + i, a * cos - b * sin);
+      store(out + half + i, b * cos + a * sin);
+      continue;
     }
-  for (; i < half; ++i) {
-    float &first = turn.interleaved ? out[2 * i] : out[i], &second = turn.interleaved ? out[2 * i + 1] : out[half + i];
-    const float a = first, b = second;
-    first = a * cos[i] - b * sin[i];
-    second = b * cos[i] + a * sin[i];
+    for (int j = 0; j < n; ++j) {
+      const int at = turn.interleaved ? 2 * (i + j) : i + j, other = turn.interleaved ? at + 1 : at + half;
+      const float a = out[at], b = out[other];
+      out[at] = a * cos[j] - b * sin[j];
+      out[other] = b * cos[j] + a * sin[j];
+    }
   }
 }
 

@@ -42,9 +42,9 @@ struct Scalar {
 // What is done to an entry that has been written out: the product with a matrix, then RoPE at its position.
 struct Turn {
   const float* matrix;      // [D][D], row j is what channel j of the codes adds; null: none
-  const float* cos;         // [positions][half]; null: none
-  const float* sin;
+  const float* frequency;   // [half] angle per position; null: none
   int half;                 // pairs of channels that are turned
+  float factor;             // of cosines and sines
   bool interleaved;
   const int32_t* position;  // of entry t of a row at starts[row] + t
   const int64_t* starts;

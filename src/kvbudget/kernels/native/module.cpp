@@ -63,14 +63,14 @@ kvbudget::Scalar scalar_of(const nb::tuple& t) {
   return x;
 }
 
-// (matrix, cos, sin, half, interleaved, positions, starts)
+// (matrix, frequency, half, factor, interleaved, positions, starts)
 kvbudget::Turn turn_of(const nb::tuple& t, Lists& lists) {
   kvbudget::Turn x{};
   if (t.size() == 0) return x;
   x.matrix = reinterpret_cast<const float*>(address(t[0]));
-  x.cos = reinterpret_cast<const float*>(address(t[1]));
-  x.sin = reinterpret_cast<const float*>(address(t[2]));
-  x.half = nb::cast<int>(t[3]);
+  x.frequency = reinterpret_cast<const float*>(address(t[1]));
+  x.half = nb::cast<int>(t[2]);
+  x.factor = nb::cast<float>(t[3]);
   x.interleaved = nb::cast<bool>(t[4]);
   x.position = reinterpret_cast<const int32_t*>(address(t[5]));
   lists.turn_starts = nb::cast<Integers>(t[6]);
@@ -135,7 +135,7 @@ struct Call {
     const bool needs_entries = job.log_count || job.window > 0;
     const auto complete = [rows](const Operand& x, const Lists& l) {
       return l.starts.size() >= rows && (l.skip.empty() || l.skip.size() >= rows) && (!x.index || l.index_starts.size() >= rows) &&
-             (!x.turn.cos || l.turn_starts.size() >= rows);
+             (!x.turn.frequency || l.turn_starts.size() >= rows);
     };
     if (lengths.size() != rows || !complete(job.key, key_lists) || (value && !complete(job.value, value_lists)) ||
         (needs_entries && entry_starts.size() < rows))

@@ -127,6 +127,23 @@ KV_INLINE vf vtanh(vf x) {
   return (vf)(bits | ((vi)x & (int32_t)0x80000000));
 }
 
+// Sine and cosine of |x| < 2^31; the angle is brought near zero in double precision.
+KV_INLINE void vsincos(vf x, vf& sin, vf& cos) {
+  typedef double vd __attribute__((vector_size(64)));
+  const vd wide = __builtin_convertvector(x, vd);
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  const vd turns = (wide * 0.63661977236758134308 + magic) - magic;
+  const vf r = __builtin_convertvector(wide - turns * 1.57079632679489661923, vf);
+  const vi quarter = __builtin_convertvector(turns, vi);
+  const vf z = r * r;
+  const vf s = r + r * z * (splat(-1.6666654611e-1f) + z * (splat(8.3321608736e-3f) + z * splat(-1.9515295891e-4f)));
+  const vf c = splat(1.0f) - splat(0.5f) * z +
+               z * z * (splat(4.166664568298827e-2f) + z * (splat(-1.388731625493765e-3f) + z * splat(2.443315711809948e-5f)));
+  const vi odd = (quarter & 1) != 0, low = (vi)s, high = (vi)c;
+  sin = (vf)(((odd & high) | (~odd & low)) ^ ((quarter & 2) << 30));
+  cos = (vf)(((odd & low) | (~odd & high)) ^ (((quarter + 1) & 2) << 30));
+}
+
 KV_INLINE float half_to_float(uint16_t h) {
   uint32_t bits = static_cast<uint32_t>(h & 0x7fff) << 13;
   float f;
