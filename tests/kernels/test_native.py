@@ -14,6 +14,7 @@ from kvbudget.kernels import (
     AtomOperand,
     ChannelQuantOperand,
     CodebookOperand,
+    CorrectedOperand,
     DenseOperand,
     GatheredOperand,
     Operand,
@@ -140,6 +141,32 @@ def scalar_codes(
     return found
 
 
+def corrected(
+    draw: st.DrawFn, generator: torch.Generator, lengths: list[int], base: Operand, width: int
+) -> CorrectedOperand:
+    """Low-rank terms, elements apart by entry or by channel of a unit, or both."""
+    by_entry = draw(st.booleans())
+    unit = 1 if by_entry else draw(st.sampled_from([1, 16, 300]))
+    skip = torch.randint(0, 2 * unit, (len(lengths),), generator=generator).tolist()
+    starts, total = scattered([length + s for length, s in zip(lengths, skip, strict=True)], unit)
+    found = CorrectedOperand(base, unit, starts, skip)
+    if draw(st.booleans()):
+        found.projected = torch.randn(total, unit, 3, generator=generator).half()
+        found.directions = torch.randn(len(lengths), 3, width, generator=generator)
+    if draw(st.booleans()):
+        vectors = (
+            torch.rand(total, width, generator=generator)
+            if by_entry
+            else torch.rand(total, unit, width, generator=generator)
+        )
+        count = min(2, vectors.shape[1])
+        places = vectors.argsort(1)[:, :count]
+        found.index = places.to(torch.uint8 if max(unit, width) <= 256 else torch.int16).contiguous()
+        found.delta = torch.randn(places.shape, generator=generator).half()
+        found.by_entry = by_entry
+    return found
+
+
 def turned(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], base: Operand, width: int) -> TurnedOperand:
     """RoPE over some or all channels, at positions in any order, after another basis or not."""
     pairs, most = draw(st.sampled_from([0, 4, width // 4, width // 2])), draw(st.sampled_from([900, 200_000]))
@@ -173,6 +200,8 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
         base = AtomOperand((codes - 128).to(torch.int8), index.to(torch.int16), scale, atoms, starts)
     else:
         base = plain_operand(draw, generator, lengths, width)
+    if draw(st.integers(0, 3)) == 0:
+        base = corrected(draw, generator, lengths, base, width)
     return turned(draw, generator, lengths, base, width) if draw(st.integers(0, 3)) == 0 else base
 
 

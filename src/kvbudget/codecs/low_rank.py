@@ -42,7 +42,8 @@ class LowRank(Stage):
 
     def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
         found = corrected(self.base, columns, starts, skip)
-        return None if found is None else replace(found, projected=columns["projected"], directions=columns["basis"])
+        directions = columns["basis"].float().mT.contiguous()
+        return None if found is None else replace(found, projected=columns["projected"], directions=directions)
 
     def state_bytes(self, width: int) -> float:
         return self.base.state_bytes(width) + 2 * width * self.rank

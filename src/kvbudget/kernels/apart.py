@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvbudget.kernels import reference
-from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.operands import DenseOperand, Operand
 from kvbudget.kernels.reference import Partial
 
@@ -59,10 +58,6 @@ def logits(
     query: Tensor, key: Operand, lengths: Sequence[int], kernels: Kernels, *, scale: float, **options: Any
 ) -> list[Tensor]:
     """Scaled, biased and masked logits of each row ``[M, length]`` float32."""
-    if isinstance(key, CorrectedOperand):
-        found = logits(query, key.base, lengths, kernels, scale=scale, **options)
-        added = (key.added_logits(row, query[row].float(), n) for row, n in enumerate(lengths))
-        return [x + scale * more for x, more in zip(found, added, strict=True)]
     if isinstance(key, SummedOperand):
         first, *others = key.parts
         found = logits(query, first, lengths, kernels, scale=scale, **options)
@@ -83,11 +78,6 @@ def logits(
 
 def weighted(found: list[Tensor], value: Operand, lengths: Sequence[int], kernels: Kernels) -> Partial:
     """Values weighted by the softmax of each row's logits ``[M, length]``."""
-    if isinstance(value, CorrectedOperand):
-        out, lse = weighted(found, value.base, lengths, kernels)
-        weights = (torch.exp(x - lse[row].nan_to_num(neginf=0.0)[:, None]) for row, x in enumerate(found))
-        added = [value.added_values(row, w) for row, w in enumerate(weights)]
-        return Partial(out.float() + torch.stack(added), lse)
     if isinstance(value, SummedOperand):
         parts = [weighted(found, part, lengths, kernels) for part in value.parts]
         return Partial(torch.stack([part.out.float() for part in parts]).sum(0), parts[0].lse)

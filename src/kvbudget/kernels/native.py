@@ -139,7 +139,7 @@ def lane(
         sides = []
         for sealed, unit, tail in (keys, values):
             views = [() if x is None else describe(x) for x in (sealed, tail)]
-            if None in views:
+            if any(view is None or (view and view.correction) for view in views):
                 return None
             sides.append((views[0], unit, views[1]))
         if positions.dtype is not torch.int32:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvbudget.kernels.atoms import AtomOperand
 from kvbudget.kernels.codebook import CodebookOperand
+from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
 from kvbudget.kernels.scalar import ScalarOperand
@@ -36,6 +37,7 @@ class View(NamedTuple):
     index_starts: Any = ()
     book: tuple[Any, ...] = ()
     scalar: tuple[Any, ...] = ()
+    correction: tuple[Any, ...] = ()
     turn: tuple[Any, ...] = ()
 
 
@@ -169,6 +171,32 @@ def _scalar(operand: ScalarOperand) -> View | None:
     return View(_SCALAR, kind, *at, width, operand.bits, width, operand.starts, scalar=scalar)
 
 
+def _corrected(operand: CorrectedOperand) -> View | None:
+    base = describe(operand.base)
+    projected, directions, index, delta = operand.projected, operand.directions, operand.index, operand.delta
+    wanted = ((projected, torch.float16), (directions, torch.float32), (delta, torch.float16))
+    if any(x is not None and (x.dtype is not t or not x.is_cpu or not x.is_contiguous()) for x, t in wanted):
+        return None
+    if base is None or base.correction or base.turn or base.width % 8:
+        return None
+    if index is not None and (index.element_size() > 2 or not index.is_contiguous()):
+        return None
+    correction = (
+        operand.unit,
+        operand.starts,
+        operand.skip,
+        0 if directions is None else directions.shape[1],
+        _address(projected),
+        _address(directions),
+        0 if index is None else index.shape[1],
+        operand.by_entry,
+        _address(index),
+        1 if index is None else index.element_size(),
+        _address(delta),
+    )
+    return base._replace(correction=correction)
+
+
 def _turned(operand: TurnedOperand) -> View | None:
     base = describe(operand.base)
     position, frequency, matrix = operand.position, operand.frequency, operand.matrix
@@ -194,6 +222,7 @@ _VIEWS: dict[type[Operand], Any] = {
     CodebookOperand: _codebook,
     AtomOperand: _atoms,
     ScalarOperand: _scalar,
+    CorrectedOperand: _corrected,
     TurnedOperand: _turned,
 }
 

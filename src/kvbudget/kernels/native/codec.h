@@ -68,16 +68,16 @@ KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 
 // Whether entries change after they have been written out, so that no code can be met as it is stored.
-KV_INLINE bool turned(const Operand& x) { return x.turn.matrix || x.turn.frequency; }
+KV_INLINE bool changed(const Operand& x) { return x.correction.unit || x.turn.matrix || x.turn.frequency; }
 
 // Whether look-up tables stand for products with codewords.
-KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !x.book.weights && !turned(x); }
+KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !x.book.weights && !changed(x); }
 
 // Three bits lie in two planes; the kernels read them as the four bits that `widen` makes of them.
 KV_INLINE int kernel_bits(const Operand& x) { return x.bits == 3 ? 4 : x.bits; }
 
 KV_INLINE Codec choose(const Operand& x) {
-  if (x.kind == Kind::codebook || x.kind == Kind::scalar || turned(x)) return Codec::expand;
+  if (x.kind == Kind::codebook || x.kind == Kind::scalar || changed(x)) return Codec::expand;
   if (x.kind == Kind::dense) {
     if (x.width % 16 || x.type == Type::f16) return Codec::expand;
     const bool wide = x.width % 32 == 0;

@@ -130,6 +130,52 @@ KV_INLINE void multiply(const float* matrix, const float* in, int n, float* out)
   }
 }
 
+// Calls body(i) for every i of n bytes that equal `wanted`; few do.
+template <class Body>
+KV_INLINE void find_bytes(const uint8_t* bytes, int n, uint8_t wanted, Body&& body) {
+  const uint64_t ones = 0x0101010101010101u, every = ones * wanted;
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, 8);
+    word ^= every;
+    if ((word - ones) & ~word & ones << 7)
+      for (int j = i; j < i + 8; ++j)
+        if (bytes[j] == wanted) body(j);
+  }
+  for (; i < n; ++i)
+    if (bytes[i] == wanted) body(i);
+}
+
+KV_INLINE void correct(const Operand& x, int row, int64_t t, float* out) {
+  const Correction& c = x.correction;
+  if (!c.unit) return;
+  const int64_t from_first = t + c.skip[row], unit = c.starts[row] + from_first / c.unit;
+  const int place = static_cast<int>(from_first % c.unit), D = x.width;
+  for (int r = 0; r < c.rank; ++r) {
+    const vf y = splat(element(c.projected, Type::f16, (unit * c.unit + place) * c.rank + r));
+    const float* direction = c.directions + (static_cast<int64_t>(row) * c.rank + r) * D;
+    for (int d = 0; d < D; d += W) store(out + d, load(out + d) + y * load(direction + d));
+  }
+  const int64_t first = unit * c.count * (c.by_entry ? 1 : D);
+  const auto number = [&](int64_t k) -> int { return c.index_bytes == 1 ? c.index[k] : reinterpret_cast<const u16_memory*>(c.index)[k]; };
+  if (c.by_entry) {
+    for (int64_t k = first; k < first + c.count; ++k)
+      if (number(k) < D) out[number(k)] += element(c.delta, Type::f16, k);
+    return;
+  }
+  for (int v = 0; v < c.count; ++v) {
+    const int64_t at = first + static_cast<int64_t>(v) * D;
+    const auto add = [&](int d) { out[d] += element(c.delta, Type::f16, at + d); };
+    if (c.index_bytes == 1) {
+      find_bytes(c.index + at, D, static_cast<uint8_t>(place), add);
+    } else {
+      for (int d = 0; d < D; ++d)
+        if (number(at + d) == place) add(d);
+    }
+  }
+}
+
 KV_INLINE void turn(const Operand& x, int row, int64_t t, float* out, float* other) {
   const Turn& turn = x.turn;
   if (turn.matrix) {
@@ -175,6 +221,7 @@ KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out, fl
     case Kind::codebook: expand_words(x, row, at, out, other); break;
     case Kind::scalar: expand_scalar(x, row, at, out); break;
   }
+  correct(x, row, t, out);
   turn(x, row, t, out, other);
 }
 

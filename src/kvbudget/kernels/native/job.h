@@ -39,7 +39,22 @@ struct Scalar {
   int count, place_bytes;
 };
 
-// What is done to an entry that has been written out: the product with a matrix, then RoPE at its position.
+// What is added to an entry that has been written out; the fields are those of corrected.py.
+struct Correction {
+  int unit;                   // entries per unit; 0: nothing is added
+  const int64_t* starts;      // of rows, in units
+  const int64_t* skip;        // entries of a row's first units that are passed over
+  int rank;                   // 0: no low-rank term
+  const uint8_t* projected;   // [units][unit][rank] half precision
+  const float* directions;    // [rows][rank][D]
+  int count;                  // single elements per vector; 0: none
+  bool by_entry;              // vectors are entries, else the channels of a unit
+  const uint8_t* index;       // [units][count] channels, or [units][count][D] entries of the unit
+  int index_bytes;
+  const uint8_t* delta;       // half precision, as the index
+};
+
+// What is done to an entry that has been written out and corrected: the product with a matrix, then RoPE at its position.
 struct Turn {
   const float* matrix;      // [D][D], row j is what channel j of the codes adds; null: none
   const float* frequency;   // [half] angle per position; null: none
@@ -67,6 +82,7 @@ struct Operand {
   const int64_t* index_starts;
   Book book;
   Scalar scalar;
+  Correction correction;
   Turn turn;
 };
 

@@ -78,8 +78,28 @@ kvbudget::Turn turn_of(const nb::tuple& t, Lists& lists) {
   return x;
 }
 
-// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book, scalar, turn), of which
-// the last three are () where there is nothing of the kind.
+// (unit, starts, skip, rank, projected, directions, count, by entry, index, index bytes, delta)
+kvbudget::Correction correction_of(const nb::tuple& t, Lists& lists) {
+  kvbudget::Correction x{};
+  if (t.size() == 0) return x;
+  x.unit = nb::cast<int>(t[0]);
+  lists.unit_starts = nb::cast<Integers>(t[1]);
+  lists.unit_skip = nb::cast<Integers>(t[2]);
+  x.starts = lists.unit_starts.data();
+  x.skip = lists.unit_skip.data();
+  x.rank = nb::cast<int>(t[3]);
+  x.projected = address(t[4]);
+  x.directions = reinterpret_cast<const float*>(address(t[5]));
+  x.count = nb::cast<int>(t[6]);
+  x.by_entry = nb::cast<bool>(t[7]);
+  x.index = address(t[8]);
+  x.index_bytes = nb::cast<int>(t[9]);
+  x.delta = address(t[10]);
+  return x;
+}
+
+// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book, scalar, correction, turn),
+// of which the last four are () where there is nothing of the kind.
 Operand operand(const nb::tuple& t, Lists& lists) {
   Operand x{};
   x.kind = static_cast<kvbudget::Kind>(nb::cast<int>(t[0]));
@@ -100,7 +120,8 @@ Operand operand(const nb::tuple& t, Lists& lists) {
   x.index_starts = lists.index_starts.data();
   x.book = book_of(nb::cast<nb::tuple>(t[13]));
   x.scalar = scalar_of(nb::cast<nb::tuple>(t[14]));
-  x.turn = turn_of(nb::cast<nb::tuple>(t[15]), lists);
+  x.correction = correction_of(nb::cast<nb::tuple>(t[15]), lists);
+  x.turn = turn_of(nb::cast<nb::tuple>(t[16]), lists);
   return x;
 }
 
@@ -135,7 +156,8 @@ struct Call {
     const bool needs_entries = job.log_count || job.window > 0;
     const auto complete = [rows](const Operand& x, const Lists& l) {
       return l.starts.size() >= rows && (l.skip.empty() || l.skip.size() >= rows) && (!x.index || l.index_starts.size() >= rows) &&
-             (!x.turn.frequency || l.turn_starts.size() >= rows);
+             (!x.turn.frequency || l.turn_starts.size() >= rows) &&
+             (!x.correction.unit || (l.unit_starts.size() >= rows && l.unit_skip.size() >= rows));
     };
     if (lengths.size() != rows || !complete(job.key, key_lists) || (value && !complete(job.value, value_lists)) ||
         (needs_entries && entry_starts.size() < rows))
