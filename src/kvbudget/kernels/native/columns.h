@@ -84,7 +84,7 @@ KV_INLINE void load_block(const Job& job, const Columns& c, int row, int64_t beg
   const int D = job.key.width;
   for (int t = 0; t < padded(n, kPanel); ++t) {
     float* to = c.panels + static_cast<size_t>(t / kPanel) * D * kPanel + t % kPanel;
-    if (t < n) expand_entry(job.key, row, begin + t, c.entry, c.entry + D);
+    if (t < n) expand_entries(job.key, row, begin + t, 1, c.entry, D, c.entry + D);
     for (int d = 0; d < D; ++d) to[d * kPanel] = t < n ? c.entry[d] : 0.0f;
     const int64_t at = job.entry_starts ? job.entry_starts[row] + begin + t : 0;
     c.bias[t] = job.log_count && t < n ? job.log_count[at] : 0.0f;

@@ -130,49 +130,32 @@ KV_INLINE void multiply(const float* matrix, const float* in, int n, float* out)
   }
 }
 
-// Calls body(i) for every i of n bytes that equal `wanted`; few do.
-template <class Body>
-KV_INLINE void find_bytes(const uint8_t* bytes, int n, uint8_t wanted, Body&& body) {
-  const uint64_t ones = 0x0101010101010101u, every = ones * wanted;
-  int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    word ^= every;
-    if ((word - ones) & ~word & ones << 7)
-      for (int j = i; j < i + 8; ++j)
-        if (bytes[j] == wanted) body(j);
-  }
-  for (; i < n; ++i)
-    if (bytes[i] == wanted) body(i);
-}
-
-KV_INLINE void correct(const Operand& x, int row, int64_t t, float* out) {
+// Adds to entries t to t + n of a row, which stand `stride` floats apart, what their codes miss.
+KV_INLINE void correct(const Operand& x, int row, int64_t t, int n, float* out, int64_t stride) {
   const Correction& c = x.correction;
-  if (!c.unit) return;
-  const int64_t from_first = t + c.skip[row], unit = c.starts[row] + from_first / c.unit;
-  const int place = static_cast<int>(from_first % c.unit), D = x.width;
-  for (int r = 0; r < c.rank; ++r) {
-    const vf y = splat(element(c.projected, Type::f16, (unit * c.unit + place) * c.rank + r));
-    const float* direction = c.directions + (static_cast<int64_t>(row) * c.rank + r) * D;
-    for (int d = 0; d < D; d += W) store(out + d, load(out + d) + y * load(direction + d));
-  }
-  const int64_t first = unit * c.count * (c.by_entry ? 1 : D);
-  const auto number = [&](int64_t k) -> int { return c.index_bytes == 1 ? c.index[k] : reinterpret_cast<const u16_memory*>(c.index)[k]; };
-  if (c.by_entry) {
-    for (int64_t k = first; k < first + c.count; ++k)
-      if (number(k) < D) out[number(k)] += element(c.delta, Type::f16, k);
-    return;
-  }
-  for (int v = 0; v < c.count; ++v) {
-    const int64_t at = first + static_cast<int64_t>(v) * D;
-    const auto add = [&](int d) { out[d] += element(c.delta, Type::f16, at + d); };
-    if (c.index_bytes == 1) {
-      find_bytes(c.index + at, D, static_cast<uint8_t>(place), add);
-    } else {
-      for (int d = 0; d < D; ++d)
-        if (number(at + d) == place) add(d);
+  const int64_t first = t + c.skip[row], D = x.width;  // counted from the row's first unit
+  for (int64_t e = first; e < first + n; ++e) {
+    float* const to = out + (e - first) * stride;
+    const int64_t cell = c.starts[row] * c.unit + e;
+    for (int r = 0; r < c.rank; ++r) {
+      const vf y = splat(element(c.projected, Type::f16, cell * c.rank + r));
+      const float* direction = c.directions + (static_cast<int64_t>(row) * c.rank + r) * D;
+      for (int d = 0; d < D; d += W) store(to + d, load(to + d) + y * load(direction + d));
     }
+  }
+  const auto number = [&](int64_t k) -> int { return c.index_bytes == 1 ? c.index[k] : reinterpret_cast<const u16_memory*>(c.index)[k]; };
+  for (int64_t u = first / c.unit; c.count && u <= (first + n - 1) / c.unit; ++u) {
+    int64_t k = (c.starts[row] + u) * c.count * (c.by_entry ? 1 : D);
+    if (c.by_entry) {
+      for (int v = 0; v < c.count; ++v, ++k)
+        if (number(k) < D) out[(u - first) * stride + number(k)] += element(c.delta, Type::f16, k);
+      continue;
+    }
+    for (int v = 0; v < c.count; ++v)
+      for (int64_t d = 0; d < D; ++d, ++k) {
+        const int64_t e = u * c.unit + number(k) - first;
+        if (e >= 0 && e < n) out[e * stride + d] += element(c.delta, Type::f16, k);
+      }
   }
 }
 
@@ -211,18 +194,22 @@ KV_INLINE void turn(const Operand& x, int row, int64_t t, float* out, float* oth
   }
 }
 
-// Entry t of a row as float32 [width]; `other` holds [width] floats in between.
-KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out, float* other) {
-  const int64_t at = flat(x, row, t);
-  switch (x.kind) {
-    case Kind::dense: to_float(x.data + at * x.stride, x.type, 0, x.width, out); break;
-    case Kind::token: expand_token(x, at, out); break;
-    case Kind::channel: expand_channel(x, at, out, other); break;
-    case Kind::codebook: expand_words(x, row, at, out, other); break;
-    case Kind::scalar: expand_scalar(x, row, at, out); break;
+// Entries t to t + n of a row as float32, `stride` floats apart; `other` holds [width] floats in between.
+KV_INLINE void expand_entries(const Operand& x, int row, int64_t t, int n, float* out, int64_t stride, float* other) {
+  for (int i = 0; i < n; ++i) {
+    const int64_t at = flat(x, row, t + i);
+    float* to = out + i * stride;
+    switch (x.kind) {
+      case Kind::dense: to_float(x.data + at * x.stride, x.type, 0, x.width, to); break;
+      case Kind::token: expand_token(x, at, to); break;
+      case Kind::channel: expand_channel(x, at, to, other); break;
+      case Kind::codebook: expand_words(x, row, at, to, other); break;
+      case Kind::scalar: expand_scalar(x, row, at, to); break;
+    }
   }
-  correct(x, row, t, out);
-  turn(x, row, t, out, other);
+  if (x.correction.unit) correct(x, row, t, n, out, stride);
+  if (x.turn.matrix || x.turn.frequency)
+    for (int i = 0; i < n; ++i) turn(x, row, t + i, out + i * stride, other);
 }
 
 }  // namespace

@@ -171,11 +171,9 @@ KV_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 KV_INLINE Rows point(const Operand& x, Side& side, int row, int64_t t, int n, int64_t end, int ahead, int whole) {
   const Order& o = side.order;
   if (o.codec == Codec::expand) {
-    for (int i = 0; i < n; ++i) {
-      float* out = side.expanded + static_cast<size_t>(i) * side.lanes;
-      expand_entry(x, row, t + i, out, side.meta);
-      for (int d = x.width; d < side.lanes; ++d) out[d] = 0.0f;
-    }
+    expand_entries(x, row, t, n, side.expanded, side.lanes, side.meta);
+    for (int i = 0; i < n && x.width < side.lanes; ++i)
+      for (int d = x.width; d < side.lanes; ++d) side.expanded[static_cast<size_t>(i) * side.lanes + d] = 0.0f;
     return {reinterpret_cast<const uint8_t*>(side.expanded), static_cast<int64_t>(sizeof(float)) * side.lanes, 0};
   }
   const int64_t start = x.kind == Kind::channel ? x.starts[row] * x.group + skipped(x, row) : x.starts[row];
