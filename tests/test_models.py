@@ -47,7 +47,7 @@ def test_geometry_is_what_the_cache_really_holds(name: str) -> None:
     for layer, stored in zip(geometry.layers, cache.layers, strict=True):
         keys, values = getattr(stored, "keys", None), getattr(stored, "values", None)
         if keys is None or values is None:
-            assert layer.recurrent and layer.num_kv_heads == 0
+            assert (layer.recurrent or layer.owner is not None) and layer.num_kv_heads == 0
             continue
         tokens = layer.stored_tokens(num_tokens)
         assert keys.shape == (1, layer.num_kv_heads, tokens, layer.key_head_dim)
@@ -108,6 +108,7 @@ def test_hybrids_windows_and_chunks() -> None:
 def test_layers_that_read_another_layers_cache_store_nothing() -> None:
     geometry = for_model("gemma3n_text", num_hidden_layers=10, num_kv_shared_layers=5)
     assert [layer.kind for layer in geometry.layers[5:]] == ["shared"] * 5
+    assert [layer.owner for layer in geometry.layers] == [None] * 5 + [3, 3, 3, 3, 4]
     assert geometry.layers[9].bytes_per_token(2) == 0
 
 
@@ -157,7 +158,7 @@ def test_refused_models_are_refused_by_config_and_by_model(name: str) -> None:
         ("mamba", {}, "no attention layer"),
         ("rwkv", {}, "no attention heads"),
         ("falcon_h1", {}, "attention and a recurrent state at once"),
-        ("gemma3n_text", {}, "of another layer"),
+        ("gemma4_text", {"num_kv_shared_layers": 4}, "of another layer"),
         ("gpt2", {"add_cross_attention": True}, "cross-attention"),
         ("minimax", {}, "a cache class of its own"),
         ("diffllama", {}, "DiffLlamaAttention looks inside the cached keys or values"),

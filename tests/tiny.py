@@ -124,6 +124,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": _architecture(
         "gemma3_text", layers=(SLIDING, FULL), sliding_window=SLIDING_WINDOW, query_pre_attn_scalar=24
     ),
+    "gemma3n": _architecture(
+        "gemma3n_text",
+        layers=(SLIDING, FULL, SLIDING, FULL),
+        sliding_window=SLIDING_WINDOW,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        laurel_rank=8,
+    ),
     "olmo2": _architecture("olmo2", rename={"head_dim": None}),
     "cohere": _architecture("cohere", rename={"head_dim": None}, use_qk_norm=True, logit_scale=1.0),
     "cohere2": _architecture("cohere2", layers=(SLIDING, FULL), sliding_window=SLIDING_WINDOW, logit_scale=1.0),

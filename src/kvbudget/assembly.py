@@ -48,10 +48,11 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"{policy}: queries that are answered again need every entry as it was, so no method that evicts or codes goes "
             "with this selector; use it alone"
         )
-    if parts.sharing is not None and parts.selector is not None:
-        raise PolicyError(f"{policy}: what shared layers hold is read whole; use the sharing map or the selector")
+    shares = any(layer.owner is not None for layer in geometry.layers)
+    if (shares or parts.sharing is not None) and parts.selector is not None:
+        raise PolicyError(f"{policy}: what shared layers hold is read whole; use shared layers or the selector")
     if parts.sharing is not None and parts.sharing.merges:
-        grouped = not parts.sharing.aligned or any(layer.owner is not None for layer in geometry.layers)
+        grouped = not parts.sharing.aligned or shares
         moved = parts.position_mode == "moved" or (grouped and parts.layers is not None)
         if moved or parts.destination is not None or parts.codec is not None:
             held = "what is coded together holds" if parts.sharing.aligned else "merged layers hold"
@@ -107,7 +108,14 @@ def laid_out(geometry: CacheGeometry, parts: Parts) -> CacheGeometry:
     """What the layers hold under a policy: fewer heads where it projects them, nothing where they read another layer's."""
     if parts.projection is not None:
         geometry = parts.projection.layout(geometry)
-    return geometry if parts.sharing is None else parts.sharing.layout(geometry)
+    if parts.sharing is None:
+        return geometry
+    if any(layer.owner is not None for layer in geometry.layers):
+        raise PolicyError(
+            "this model's layers share entries by a map of its own, which another map, and a codec over several layers or "
+            "heads, cannot follow; leave them out"
+        )
+    return parts.sharing.layout(geometry)
 
 
 def budgeted_layer(

@@ -105,8 +105,8 @@ class Attending(Cache):
             layer.at = self._at.get(layer.store.layer_idx)
             layer.label = f"layer {layer.index} of {len(layers)}"
         self._first, self._last = attending[0].index, attending[-1].index
-        shared = parts.sharing is not None or any(layer.readers for layer in attending)
-        self._special = shared or parts.projection is not None or parts.thinning
+        self._shares = parts.sharing is not None or any(layer.readers for layer in attending)
+        self._special = self._shares or parts.projection is not None or parts.thinning
         self._rope_switch = rope_switch
         self._valid: Tensor | None = None
         self._calls: dict[int, AttentionCall] = {}
@@ -198,11 +198,11 @@ class Attending(Cache):
         big = width > self.parts.trigger.every
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        if not self.recording and not self.enforcer.watches and self.parts.sharing is None:
+        if not self.recording and not self.enforcer.watches and not self._shares:
             self._finish(layer, None)
         else:
             queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, steps=call.steps)
-            if self.parts.sharing is not None:
+            if self._shares:
                 self._shared(layer, queries)
             elif self.recording:
                 self._recorded[layer.index] = queries
@@ -219,7 +219,7 @@ class Attending(Cache):
         return self.parts.sharing is not None and self.parts.sharing.merges
 
     def _shared(self, layer: AttentionLayer, queries: Queries) -> None:
-        """What follows under a sharing map when a layer that holds entries, and all that read them, have been answered."""
+        """What follows where layers share entries, when a layer that holds entries, and all that read them, have been answered."""
         index = layer.store.layer_idx
         readers = self.layers[index].readers
         self._ready.setdefault(index, queries)
@@ -230,6 +230,8 @@ class Attending(Cache):
             calls = [own, *(self._calls.pop(i) for i in readers if self._merges)]
             key, value = (torch.cat([getattr(call, name) for call in calls], dim=-1) for name in ("key", "value"))
             layer.store.append(key, value, own.valid)
+            if key.shape[2] > self.parts.trigger.every:
+                self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if self.recording:
             self._recorded[index] = self._ready.pop(index)
             return
@@ -283,7 +285,7 @@ class Attending(Cache):
             size, heads = (len(self.layers), batch), call.query.shape[1]
             self._outs = call.query.new_empty(*size, 1, heads, call.value.shape[-1]).unbind()
             self._lses = torch.empty(*size, heads, 1).unbind() if self.enforcer.watches else [None] * size[0]
-        if self.parts.sharing is not None:
+        if self._shares:
             self._calls, self._ready = {}, {}
             self._due = [store.layer_idx for store in self.stores]
 

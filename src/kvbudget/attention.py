@@ -21,7 +21,8 @@ NAME = "kvbudget"
 class LayerHandle(tuple):
     """Travels through the model in place of a layer's key and value; only our attention function may open it.
 
-    It holds ``(cache, layer, key, value)``: the cache, its layer, and the new keys and values.
+    It holds ``(cache, layer, key, value)``: the cache, its layer, and the new keys and values. Models whose layers share
+    entries hand it on to the layers that read them.
     """
 
     __slots__ = ()
@@ -111,7 +112,8 @@ def attention_function(
             "pass the 2-D padding mask [batch, tokens] instead"
         )
     call = AttentionCall(query, new_key, new_value, scale, softcap, sliding_window, s_aux)
-    out = cache.attend(layer.index, call, attention_mask, kwargs.get("position_ids"))
+    index = module.layer_idx if layer.readers else layer.index
+    out = cache.attend(index, call, attention_mask, kwargs.get("position_ids"))
     return out.transpose(1, 2), None
 
 

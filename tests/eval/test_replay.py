@@ -21,7 +21,7 @@ POLICIES = (
 
 
 @pytest.mark.parametrize(("policy", "budget"), POLICIES)
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3n"])
 def test_a_replayed_cache_equals_a_one_pass_prefill(name: str, policy: str, budget: object) -> None:
     model = tiny_model(name)
     ids, more = random_text(150), random_text(10, seed=1)

@@ -138,3 +138,9 @@ def test_weights_must_fit_the_model():
     cache = KVCache(model, "snapkv(window=8)+evolkv(weights=(3.0, 1.0))", 40)
     model(random_text(120), past_key_values=cache)
     assert [layer[0] for layer in cache.report().kept] == [[56, 56], [24, 24]]
+    tied, whole = (
+        parse(f"evolkv({text})").parts().layers for text in ("weights=(3.0, 1.0), tie=3", "weights=(3, 3, 3, 1, 1)")
+    )
+    assert tied.weights([None] * 5, 40.0, 9.0) == whole.weights([None] * 5, 40.0, 9.0) == [3.0, 3.0, 3.0, 1.0, 1.0]
+    with pytest.raises(PolicyError, match="tie=3 needs 3"):
+        tied.weights([None] * 7, 40.0, 9.0)

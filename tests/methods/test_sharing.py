@@ -161,6 +161,22 @@ def test_maps_that_cannot_be_followed_are_refused():
     feed(hybrid, KVCache(hybrid, "cla"), random_text(50), [50])
 
 
+def test_a_model_with_a_map_of_its_own_is_served_by_it(tmp_path):
+    """Gemma 3n: upper layers have no keys of their own, and share one window and one full cache."""
+    served, ids = tiny_model("gemma3n", num_hidden_layers=6), random_text(110)
+    policy = "snapkv(window=8)+pyramidkv+kivi(residual=32)"
+    cache = KVCache(served, policy, "88KiB")
+    feed(served, cache, ids, [60, 40])
+    assert [layer.store.layer_idx for layer in cache.layers] == [0, 1, 2, 3, 2, 3]
+    assert len(cache.report().kept) == 2 and cache.enforcer.evictions
+    cache.save(tmp_path / "saved")
+    one = feed(served, cache, ids[:, 100:], [1] * 10)
+    torch.testing.assert_close(feed(served, KVCache.load(tmp_path / "saved", served), ids[:, 100:], [1] * 10), one)
+    for policy, message in (("cla", "a map of its own"), ("kcache", "read whole"), ("pyramidinfer", "sliding windows")):
+        with pytest.raises(PolicyError, match=message):
+            KVCache(served, policy, 64)
+
+
 def test_the_search_shares_the_most_different_layers(tmp_path, monkeypatch):
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
     served = model()

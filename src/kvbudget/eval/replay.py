@@ -81,7 +81,8 @@ class Observed:
 def replay(recording: Recording, cache: KVCache, observed: Observed | None = None) -> KVCache:
     """Fills an empty cache from a recording; it then stands where a one-pass prefill would have left it.
 
-    Under a sharing map that holds entries together too, though not where layers read another's.
+    Under a sharing map that holds entries together too, and a model's own map, though not where a policy lets layers read
+    another's.
     """
     new = recording.ids.shape[1]
     cache.enforcer.check(1)
@@ -93,7 +94,8 @@ def replay(recording: Recording, cache: KVCache, observed: Observed | None = Non
         call, begin = recording.calls[index], time.perf_counter()
         known = None if observed is None else observed.layers.get(index)
         if known is None:
-            calls = [recording.calls[i] for i in (index, *layer.readers)]
+            held = (index, *layer.readers) if cache._merges else (index,)
+            calls = [recording.calls[i] for i in held]
             key, value = (torch.cat([getattr(each, name) for each in calls], dim=-1) for name in ("key", "value"))
             layer.store.append(key, value, None)
             layer.columns = new

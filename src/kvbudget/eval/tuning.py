@@ -52,9 +52,10 @@ class Setup:
     length: int | None = None
     score: str = ""
 
-    def policy_of(self, weights: Weights) -> Policy:
-        """The policy with these weights of its layers (none: without any)."""
-        return parse(f"{self.policy}+evolkv(weights={weights!r})" if weights else self.policy)
+    def policy_of(self, weights: Weights, tie: int = 1) -> Policy:
+        """The policy with these weights of its layers (none: without any), one for ``tie`` neighbors."""
+        tied = f", tie={tie}" if tie > 1 else ""
+        return parse(f"{self.policy}+evolkv(weights={weights[::tie]!r}{tied})" if weights else self.policy)
 
     @property
     def matrix(self) -> Matrix:
@@ -244,7 +245,7 @@ def tune(
         weights, highest = search.run(setup.layers, fitness, progress)
         uniform = fitness([(1.0,) * setup.layers])[0]
     judge = evaluator()
-    policy = setup.policy_of(weights)
+    policy = setup.policy_of(weights, search.tie)
     rivals: dict[str, Policy | str] = {
         "uniform": setup.policy,
         "pyramidkv": f"{setup.policy}+pyramidkv",

@@ -13,8 +13,9 @@ class CLA(Recipe):
     """Every ``factor`` consecutive layers attend to the keys and values of the first of them, which are held once.
 
     Paper: Brandon et al., arXiv 2405.12981, 2024 (NeurIPS). Layer l is an owner where ``l % factor == 0``; the cache has
-    ``ceil(L / factor)`` layers. Models are trained with such a map from the start, and this is their runtime. On a model that
-    was not, it converts the cache and not the weights: the text is answered far worse (the measured divergence is in the
+    ``ceil(L / factor)`` layers. Models are trained with such a map from the start, and this is their runtime; where a model's
+    own code shares layers (Gemma 3n), that map is followed under every policy, and this one is refused. On a model that was
+    not trained so, it converts the cache and not the weights: the text is answered far worse (the measured divergence is in the
     table of methods), which a fine-tuning would have to heal. Readers still compute keys and values of their own, as their
     modules do, and drop them: bytes are saved, not compute. Evicting methods watch the owner's queries. Claim: half the
     cache of a model with one KV head, at nearly the same quality, after training.

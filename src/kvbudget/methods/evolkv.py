@@ -12,15 +12,19 @@ from kvbudget.policy.base import Recipe
 
 @dataclass(frozen=True)
 class Searched(LayerTable):
-    """`LayerTable` that refuses a model with another number of layers."""
+    """`LayerTable` with a share per ``tie`` neighboring layers, that refuses a model with another number of layers."""
+
+    tie: int = 1
 
     def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
-        if self.shares and len(self.shares) != len(measured):
+        tied = -(-len(measured) // self.tie)
+        if self.shares and len(self.shares) != tied:
             raise PolicyError(
-                f"evolkv: {len(self.shares)} weights for the {len(measured)} layers that the budget governs; "
-                "run kvbudget tune for this model"
+                f"evolkv: {len(self.shares)} weights for the {len(measured)} layers that the budget governs, where tie="
+                f"{self.tie} needs {tied}; run kvbudget tune for this model"
             )
-        return super().weights(measured, mean, floor)
+        shares = super().weights([None] * tied, mean, floor)
+        return [shares[i // self.tie] for i in range(len(measured))]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class EvolKV(Recipe):
 
     Attributes:
         weights: of the layers that the budget governs, of what no layer protects; only ratios matter (none: equal).
+        tie: neighboring layers that share a weight.
     """
 
     name = "evolkv"
@@ -45,13 +50,16 @@ class EvolKV(Recipe):
     prefix_reusable = True
 
     weights: tuple[float, ...] = ()
+    tie: int = 1
 
     def __post_init__(self) -> None:
+        if self.tie < 1:
+            raise PolicyError(f"evolkv: tie={self.tie} must be at least 1")
         if self.weights and not any(self.weights):
             raise PolicyError("evolkv: all weights are 0; give at least one above")
 
     def parts(self) -> dict[str, Any]:
-        return {"layers": Searched(tuple(map(float, self.weights)))}
+        return {"layers": Searched(tuple(map(float, self.weights)), self.tie)}
 
     def defaults(self) -> dict[str, Any]:
         return SnapKV(kernel=7, pooling="max").parts()

@@ -15,10 +15,10 @@ class MixAttention(Recipe):
     Paper: Rajput et al., arXiv 2409.15012, 2024 (NeurIPS ENLSP). The full layers share one cache, or ``caches`` of them
     (MA-Pairs: 2); ``first`` moves the first full layer deeper (MA-Offset), which the paper finds to matter most on long
     texts; each run of sliding layers shares one window, or one per ``run`` layers. Layout names and sizes are from memory,
-    *unverified*, hence parameters. As with `cla`, models are trained with their map: this is their runtime, and on any other
-    model it shows what the map costs untrained. Readers compute keys and values and drop them. A budget governs what the full
-    layers hold; windows count as a fixed floor. Claim: much less memory at equal quality of short and long contexts, after
-    training.
+    *unverified*, hence parameters. As with `cla`, models are trained with their map: this is their runtime (Gemma 3n brings
+    such a map of its own, which needs no method), and on any other model it shows what the map costs untrained. Readers
+    compute keys and values and drop them. A budget governs what the full layers hold; windows count as a fixed floor.
+    Claim: much less memory at equal quality of short and long contexts, after training.
 
     Attributes:
         window: tokens that sliding layers see (paper: 1024).

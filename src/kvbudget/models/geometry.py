@@ -34,7 +34,7 @@ class LayerGeometry:
     what an earlier layer stores), "none" (a layer without attention) or "other" (a kind that kvbudget does not know).
     Head counts and dimensions are 0 where no keys and values are stored. `recurrent` marks every layer with a
     recurrent or convolution state, also one that holds attention beside it. `owner` is the layer that a "shared" one reads
-    from, where a policy decided it.
+    from, by the model's own map or by a policy's.
     """
 
     kind: LayerKind
@@ -100,15 +100,19 @@ class CacheGeometry:
         text = config.get_text_config(decoder=True)
         layer_types, arguments = get_layer_types_and_kwargs(text)
         sharing = getattr(text, "kv_sharing_modes", None) or [None] * len(layer_types)
-        layers = tuple(
-            _layer(config, layer_type, mode, argument.get("sliding_window"))
-            for config, layer_type, mode, argument in zip(
-                text.per_layer_config, layer_types, sharing, arguments, strict=True
-            )
-        )
+        layers: list[LayerGeometry] = []
+        stored: dict[str, int] = {}
+        for i, (own, layer_type, mode, argument) in enumerate(
+            zip(text.per_layer_config, layer_types, sharing, arguments, strict=True)
+        ):
+            if mode == "reuse":  # the last layer of its kind that stores anything, as transformers hands them on
+                layers.append(LayerGeometry("shared", own.num_attention_heads, owner=stored[text.layer_types[i]]))
+                continue
+            stored[layer_type] = i
+            layers.append(_layer(own, layer_type, argument.get("sliding_window")))
         dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
         return cls(
-            layers=layers,
+            layers=tuple(layers),
             max_positions=getattr(text, "max_position_embeddings", None),
             dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
         )
@@ -159,7 +163,7 @@ class CacheGeometry:
         return self.bytes_per_token(itemsize) * num_tokens + self.floor_bytes(num_tokens, itemsize)
 
 
-def _layer(config: Any, layer_type: str, sharing: str | None, window: int | None) -> LayerGeometry:
+def _layer(config: Any, layer_type: str, window: int | None) -> LayerGeometry:
     """The geometry of one layer from its own configuration (`config.per_layer_config[i]`)."""
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModel(
@@ -167,7 +171,7 @@ def _layer(config: Any, layer_type: str, sharing: str | None, window: int | None
             "holds no keys and values of heads; use a model with multi-head or grouped-query attention"
         )
     if layer_type == "dummy":
-        return LayerGeometry("shared" if sharing == "reuse" else "none")
+        return LayerGeometry("none")
     kind = _KINDS.get(layer_type, "other")
     recurrent = layer_type in ("linear_attention", "conv", "hybrid", "hybrid_sliding")
     if kind not in _ATTENTION_KINDS:

@@ -47,7 +47,8 @@ def check_supported(model: PreTrainedModel | PreTrainedConfig) -> None:
     that transformers' attention interface selects. That is read from the source of the attention classes, so it holds
     for architectures that this file has never heard of. A configuration suffices; a model is checked more precisely,
     by the modules that it really has. Refused are multi-head latent attention, encoder-decoders, encoders, layers
-    that mix attention with a recurrent state or read another layer's keys, and models without attention.
+    that mix attention with a recurrent state, or that read another layer's keys for some of its tokens only, and models
+    without attention.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     model_class = _model_class(config) if isinstance(model, PreTrainedConfig) else type(model)
@@ -64,7 +65,8 @@ def check_supported(model: PreTrainedModel | PreTrainedConfig) -> None:
             modules = (
                 _module_classes(model_class) if isinstance(model, PreTrainedConfig) else map(type, model.modules())
             )
-            reason = _attention_flaw(tuple(dict.fromkeys(modules)))
+            classes = tuple(dict.fromkeys(modules))
+            reason = _sharing_flaw(config, classes) or _attention_flaw(classes)
     if reason is not None:
         raise UnsupportedModel(f"{name} cannot be served: {reason}")
 
@@ -89,8 +91,6 @@ def _config_flaw(config: PreTrainedConfig) -> str | None:
         return f"its layer types {sorted(set(text.layer_types))} include one whose cache is unknown"
     if not kinds & {"full", "sliding", "chunked"}:
         return "it has no attention layer, so no KV cache"
-    if "shared" in kinds:
-        return "some of its layers read the keys and values of another layer"
     if any(layer.recurrent and layer.num_kv_heads for layer in layers):
         return "it has layers that hold attention and a recurrent state at once"
     return None
@@ -121,6 +121,14 @@ def _module_classes(model_class: type) -> list[type]:
         for member in vars(module).values()
         if inspect.isclass(member) and issubclass(member, torch.nn.Module) and member.__module__ == module.__name__
     ]
+
+
+def _sharing_flaw(config: PreTrainedConfig, classes: tuple[type, ...]) -> str | None:
+    """Why layers that read another layer's entries rule the model out, or None."""
+    shares = any(layer.kind == "shared" for layer in CacheGeometry.from_config(config).layers)
+    if shares and any(hasattr(module_class, "_maybe_slice_kv_shared_inputs") for module_class in classes):
+        return "layers that read the keys and values of another layer are given fewer tokens than that one has stored"
+    return None
 
 
 @lru_cache
