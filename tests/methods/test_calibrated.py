@@ -148,15 +148,15 @@ def test_bytes_bound_it_and_forks_go_on_alike(policy):
 @pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1)], ids=lambda h: f"{h[0]}q{h[1]}kv")
 @pytest.mark.parametrize("policy", POLICIES + PINNED)
 def test_all_head_groups_and_exact_where_everything_fits(policy, heads):
-    model, ids = calibrated(num_attention_heads=heads[0], num_key_value_heads=heads[1]), random_text(100)
+    model, ids = calibrated(num_attention_heads=heads[0], num_key_value_heads=heads[1]), random_text(64)
     with torch.inference_mode():
         expected = model(ids).logits
     whole = KVCache(model, policy, 200)
-    logits = feed(model, whole, ids, [60, 30] + [1] * 10)
+    logits = feed(model, whole, ids, [40, 20] + [1] * 4)
     if whole.policy.lossless_when_fits:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    small = KVCache(model, policy, "80%" if policy in PINNED else 48)
-    assert bool(feed(model, small, ids, [90] + [1] * 10).isfinite().all()) and small.enforcer.evictions > 0
+    small = KVCache(model, policy, "80%" if policy in PINNED else 32)
+    assert bool(feed(model, small, ids, [60] + [1] * 4).isfinite().all()) and small.enforcer.evictions > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES + PINNED)
