@@ -6,7 +6,7 @@
 Per row of more entries than are always read: how many values are read, and how far the head's answer moves (root of the squared
 change over the squared answer, mean over heads and layers), each layer asked as the full cache would ask it. ``1/k`` is what
 needs no calibration: at most k weights exceed it. It is written as an artifact, so that `kvbudget bench` runs it:
-``top_theta(file='results/untrained/top_theta.safetensors')``. ``random`` reads as many values as the thresholds do.
+``top_theta(file='results/untrained/top_theta.safetensors')``. ``random`` reads about as many values as the thresholds do.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from kvbudget.eval.texts import passages
 from kvbudget.methods.top_theta import TopTheta
 from kvbudget.models import check_supported, fingerprint
 from kvbudget.policy.artifact import Artifact
-from kvbudget.policy.selection import rank
 from kvbudget.policy.selectors.thresholds import Thresholds
 from kvbudget.segments.selective import Chosen, Reading
 
@@ -48,18 +47,14 @@ class Judge:
             ours = self.calibrated.select(reading).weights > 0
             read = {
                 "thresholds": ours,
-                "true top k": rank(full) < k,
+                "true top k": full >= full.topk(min(k, full.shape[-1])).values[..., -1:],
                 "1/k": self.plain.select(reading).weights > 0,
-                "random": self.drawn(reading, ours.sum(-1, keepdim=True)),
+                "random": torch.rand(full.shape, generator=self.generator) * length[..., None]
+                < ours.sum(-1, keepdim=True),
             }
             for form in FORMS:
                 self.note(form, early, reading, full, full * read[form], long)
         return Chosen(full)
-
-    def drawn(self, reading: Reading, count: Tensor) -> Tensor:
-        """As many visible entries of each row at random."""
-        order = torch.rand(reading.logits.shape, generator=self.generator)
-        return rank(order.masked_fill(~reading.visible[:, :, None], -1.0)) < count
 
     def note(self, form: str, early: bool, reading: Reading, full: Tensor, kept: Tensor, long: Tensor) -> None:
         """Values read per row, and the change of the answers with and without the mean value for what is missing."""
@@ -92,7 +87,6 @@ def main() -> None:
     if made.parameters["on"] != "weights":
         parser.error("the thresholds were calibrated on logits; run: kvbudget calibrate top_theta")
     calibrated = TopTheta().bind(mark).selector
-    assert made.tensors["thresholds"].ndim == 3
     flat = torch.full_like(made.tensors["thresholds"], 1 / calibrated.k)
     flat[:2] = 1 / calibrated.first
     chosen.untrained.mkdir(parents=True, exist_ok=True)
