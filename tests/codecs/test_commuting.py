@@ -10,6 +10,7 @@ from kvbudget.codecs import commuting
 from kvbudget.codecs.base import Place
 from kvbudget.codecs.commuting import Commuting, assign, centers, fitted
 from kvbudget.errors import PolicyError
+from kvbudget.kernels.codebook import paired, unpaired
 from kvbudget.models import fingerprint, rotation_of
 from kvbudget.policy.artifact import Artifact
 from tiny import random_text, tiny_model
@@ -86,10 +87,10 @@ def test_every_stage_helps_and_codes_have_their_size():
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_twelve_bits_come_back(count):
-    codes = torch.randint(4096, (30, count))
-    packed = commuting._packed(codes)
+    codes = torch.randint(64, (30, 2 * count))
+    packed = paired(codes)
     assert packed.shape == (30, count + (count + 1) // 2)
-    assert torch.equal(commuting._unpacked(packed, count), codes)
+    assert torch.equal(unpaired(packed, count), codes)
 
 
 def test_heads_have_tables_of_their_own():

@@ -11,15 +11,19 @@ from torch import Tensor
 from kvbudget import kernels
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import (
+    AtomOperand,
     ChannelQuantOperand,
     CodebookOperand,
     DenseOperand,
     GatheredOperand,
     Operand,
+    ScalarOperand,
     TokenQuantOperand,
+    TurnedOperand,
     packed_width,
     reference,
 )
+from kvbudget.kernels.codebook import paired
 
 native = pytest.importorskip("kvbudget.kernels.native", reason="the native extension was not built")
 
@@ -77,16 +81,20 @@ def codebook_codes(
     skip = torch.randint(0, 2 * unit, (len(lengths),), generator=generator).tolist()
     starts, total = scattered([length + s for length, s in zip(lengths, skip, strict=True)], unit)
     coupled = draw(st.sampled_from([1, 2, 4, 8, width]))
-    stages, size = draw(st.sampled_from([(1, 256), (1, 16), (2, 256), (5, 64), (1, 1024)]))
+    sizes = [(1, 256), (1, 16), (2, 256), (5, 64), (1, 1024)] + [(6, 64), (10, 64)] * (coupled == width)
+    stages, size = draw(st.sampled_from(sizes))
     heads = draw(st.sampled_from([h for h in (1, 2, len(lengths)) if len(lengths) % h == 0]))
     groups = width // coupled
     words = torch.randn(heads, stages, draw(st.sampled_from([1, groups])), size, coupled, generator=generator) / stages
     codes = torch.randint(0, size, (total, unit, stages * groups), generator=generator)
+    pairs = stages % 2 == 0 and size == 64
+    codes = paired(codes.flatten(0, 1)).unflatten(0, (total, unit)) if pairs else codes
     operand = CodebookOperand(
         codes.to(torch.uint8 if size <= 256 else torch.int16),
         words.expand(-1, -1, groups, -1, -1),
         starts,
         skip if draw(st.booleans()) else None,
+        paired=pairs,
     )
     if draw(st.booleans()):
         operand.scale = torch.rand(total, unit, generator=generator).to(dtype)
@@ -94,6 +102,54 @@ def codebook_codes(
         operand.shift = torch.rand(total, unit, generator=generator).to(dtype)
         operand.mean = torch.randn(total, width, generator=generator).to(dtype)
     return operand
+
+
+def scalar_codes(
+    draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int, dtype: torch.dtype
+) -> ScalarOperand:
+    """Codes with any part of what may follow them; of cells that differ in bits the bytes lie in any order."""
+    starts, total = scattered(lengths, 1)
+    bits = draw(st.sampled_from(BITS))
+    codes = torch.randint(0, 256, (total, packed_width(width, bits)), generator=generator).to(torch.uint8)
+    found = ScalarOperand(codes, bits, width, starts)
+    if draw(st.booleans()):
+        found.table = torch.randn(2**bits, generator=generator)
+    elif draw(st.booleans()):
+        possible = torch.tensor([0, *(b for b in BITS if b <= bits)], dtype=torch.uint8)
+        found.levels = possible[torch.randint(len(possible), (total,), generator=generator)]
+        sizes = packed_width(width, 1) * found.levels.long()
+        order = torch.randperm(total, generator=generator)
+        found.at = torch.empty(total, dtype=torch.long)
+        found.at[order] = sizes[order].cumsum(0) - sizes[order]
+        found.codes = torch.randint(0, 256, (int(sizes.sum()) + 1,), generator=generator).to(torch.uint8)
+    found.centered = found.table is None and draw(st.booleans())
+    if draw(st.booleans()):
+        found.scale = (torch.rand(total, 1, generator=generator) / 2**bits).to(dtype)
+    if draw(st.booleans()):
+        found.zero = torch.randn(total, 1, generator=generator).to(dtype)
+    heads = draw(st.sampled_from([h for h in (1, len(lengths)) if len(lengths) % h == 0]))
+    shape = (heads, 2 if found.levels is not None else 1, width)
+    if draw(st.booleans()):
+        found.spread = torch.rand(shape, generator=generator) / 2**bits
+    if draw(st.booleans()):
+        found.offset = torch.randn(shape, generator=generator)
+    if draw(st.booleans()):
+        places = torch.rand(total, width, generator=generator).argsort(1)[:, :2]
+        found.places = places.to(draw(st.sampled_from([torch.uint8, torch.int16])))
+        found.outliers = torch.randn(total, 2, generator=generator).half()
+    return found
+
+
+def turned(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], base: Operand, width: int) -> TurnedOperand:
+    """RoPE over some or all channels, at positions in any order, after another basis or not."""
+    pairs, most = draw(st.sampled_from([0, 4, width // 4, width // 2])), 900
+    angle = torch.rand(most, pairs, generator=generator) * 6
+    entries, total = scattered(lengths, 1)
+    position = torch.randint(most, (total,), generator=generator, dtype=torch.int32)
+    matrix = None
+    if draw(st.booleans()):
+        matrix = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.contiguous()
+    return TurnedOperand(base, angle.cos(), angle.sin(), draw(st.booleans()), position, entries, matrix)
 
 
 def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:
@@ -104,7 +160,18 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
         chosen = [torch.randperm(n, generator=generator)[:k] for n, k in zip(longer, lengths, strict=True)]
         starts = [sum(lengths[:row]) for row in range(len(lengths))]
         return GatheredOperand(base, torch.cat(chosen), starts)
-    return plain_operand(draw, generator, lengths, width)
+    kind = draw(st.sampled_from(["plain", "plain", "scalar", "atoms"]))
+    if kind == "scalar":
+        base: Operand = scalar_codes(draw, generator, lengths, width, draw(st.sampled_from(DTYPES)))
+    elif kind == "atoms":
+        starts, total = scattered(lengths, 1)
+        index, codes = (torch.randint(n, (total, 3), generator=generator) for n in (40, 256))
+        scale = torch.rand(total, 1, generator=generator).to(draw(st.sampled_from(DTYPES)))
+        atoms = torch.randn(40, width, generator=generator) / 128
+        base = AtomOperand((codes - 128).to(torch.int8), index.to(torch.int16), scale, atoms, starts)
+    else:
+        base = plain_operand(draw, generator, lengths, width)
+    return turned(draw, generator, lengths, base, width) if draw(st.integers(0, 3)) == 0 else base
 
 
 def plain_operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], width: int) -> Operand:

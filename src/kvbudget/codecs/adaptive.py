@@ -1,7 +1,7 @@
 """As many bits per entry as an error bound on attention asks for, with outliers apart."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from kvbudget.codecs.levels import Levels, pack_levels, unpack_levels
 from kvbudget.codecs.sparse import index_type
 from kvbudget.errors import PolicyError
 from kvbudget.kernels.encode import HALF_MAX
+from kvbudget.kernels.scalar import ScalarOperand
 
 QUERY_NORM = 300.0
 """The norm of a query that QAQ's bound on keys assumes for every token."""
@@ -88,6 +89,13 @@ class AdaptiveQuant(Levels):
         if "outliers" in columns:
             dense = dense.scatter(-1, columns["outlier_index"].long(), columns["outliers"].float())
         return dense
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        found = self.scalar(columns, starts, skip)
+        found.centered, found.scale, found.zero = True, columns["scale"], columns["mean"]
+        if "outliers" in columns:
+            found.outliers, found.places = columns["outliers"], columns["outlier_index"]
+        return found
 
     def bytes_per_entry(self, width: int) -> float:
         return math.ceil(width * self.high / 8) + 5 + self._count(width) * (2 + index_type(width).itemsize)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Codec, Place
+from kvbudget.kernels.codebook import CodebookOperand, paired
 
 WORDS = 64
 """Vectors of a table; a stage's code names two of them, so it has 12 bits."""
@@ -122,26 +124,28 @@ class Commuting(Codec):
         tables, order = self._tables(x.device)
         norm = x.float().norm(dim=-1, keepdim=True).clamp_max(65504.0)
         left = (x.float() / norm.clamp_min(1e-20))[:, order]
-        codes = torch.zeros(len(x), self.stages, dtype=torch.long, device=x.device)
+        codes = torch.zeros(len(x), 2 * self.stages, dtype=torch.long, device=x.device)
         heads = self._heads(place, len(x), x.device)
         for head in heads.unique().tolist():
             own = (heads == head).nonzero()[:, 0]
             rest = left[own]
             for stage, table in enumerate(tables[head, : self.stages]):
                 a, b = assign(rest, table)
-                codes[own, stage] = a * WORDS + b
+                codes[own, 2 * stage], codes[own, 2 * stage + 1] = a, b
                 rest = rest - centers(table, a, b)
-        return {"codes": _packed(codes), "norm": norm.half()}
+        return {"codes": paired(codes), "norm": norm.half()}
 
     def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
-        tables, order = self._tables(columns["codes"].device)
-        codes = _unpacked(columns["codes"], self.stages)
-        heads = self._heads(place, len(codes), codes.device)[:, None]
-        stage = torch.arange(self.stages, device=codes.device)
-        summed = tables[heads, stage, codes // WORDS].sum(1) + turned(tables[heads, stage, codes % WORDS].sum(1))
-        out = torch.empty_like(summed)
-        out[:, order] = summed
-        return out * columns["norm"].float()
+        heads = self._heads(place, len(columns["codes"]), columns["codes"].device)
+        out = columns["norm"].new_zeros(len(heads), self._words.shape[-1], dtype=torch.float32)
+        for head in heads.unique().tolist():
+            own = (heads == head).nonzero()[:, 0]
+            out[own] = self.operand(columns, [0] * (head + 1), [0] * (head + 1)).chosen(head, own)
+        return out
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> CodebookOperand:
+        codes = columns["codes"][:, None]
+        return CodebookOperand(codes, self._words.to(codes.device), starts, skip, columns["norm"], paired=True)
 
     def bytes_per_entry(self, width: int) -> float:
         return self.stages + (self.stages + 1) // 2 + 2
@@ -150,20 +154,17 @@ class Commuting(Codec):
         assert self.tables is not None and self.order is not None, "tables come from a calibration"
         return self.tables.to(device), self.order.to(device).long()
 
+    @cached_property
+    def _words(self) -> Tensor:
+        """What the codes a and b of every stage stand for, channels in their own places: ``[H, 2 stages, 1, 64, D]``."""
+        assert self.tables is not None and self.order is not None, "tables come from a calibration"
+        tables, order = self.tables[:, : self.stages], self.order.long()
+        found = tables.new_empty(len(tables), 2 * self.stages, *tables.shape[2:])
+        found[:, 0::2, :, order] = tables
+        found[:, 1::2, :, order] = turned(tables)
+        return found[:, :, None]
+
     def _heads(self, place: Place | None, count: int, device: torch.device) -> Tensor:
         if place is None:
             return torch.zeros(count, dtype=torch.long, device=device)
         return place.rows % self._tables(device)[0].shape[0]
-
-
-def _packed(codes: Tensor) -> Tensor:
-    """12-bit codes ``[N, K]`` as bytes: the low ones, then the high halves, two to a byte."""
-    high = codes >> 8
-    if codes.shape[1] % 2:
-        high = torch.nn.functional.pad(high, (0, 1))
-    return torch.cat([codes & 255, high[:, 0::2] | high[:, 1::2] << 4], dim=1).to(torch.uint8)
-
-
-def _unpacked(packed: Tensor, count: int) -> Tensor:
-    low, high = packed[:, :count].long(), packed[:, count:].long()
-    return low | torch.stack([high & 15, high >> 4], dim=-1).flatten(1)[:, :count] << 8

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.kernels.operands import DenseOperand, Operand
+from kvbudget.kernels.scalar import ScalarOperand
 
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 HEADROOM = 2.0
@@ -55,6 +56,9 @@ class Float8(Codec):
         assert place is not None
         return columns["codes"].view(FLOATS[self.kind]).float() * place.of("scale")
 
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        return _scaled(columns["codes"], float8_values(self.kind), columns["scale"], starts, skip)
+
     def state_bytes(self, width: int) -> float:
         return 4
 
@@ -85,11 +89,34 @@ class Posit(Codec):
         assert place is not None
         return from_posit(columns["codes"], self.bits, self.es) * place.of("scale")
 
+    def operand(
+        self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]
+    ) -> ScalarOperand | None:
+        if self.bits != 8:
+            return None
+        codes = columns["codes"].view(torch.uint8)
+        return _scaled(codes, signed_posit_values(8, self.es), columns["scale"], starts, skip)
+
     def state_bytes(self, width: int) -> float:
         return 4
 
     def bytes_per_entry(self, width: int) -> float:
         return width * self.bits / 8
+
+
+def _scaled(codes: Tensor, table: Tensor, scale: Tensor, starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+    """Bytes that a table gives a meaning, with a scale per row ``[R, 1]``."""
+    first = [start + s for start, s in zip(starts, skip, strict=True)]
+    width = codes.shape[-1]
+    found = ScalarOperand(codes, 8, width, first, table.to(codes.device))
+    found.spread = scale[:, None].float().expand(-1, 1, width).contiguous()
+    return found
+
+
+@cache
+def float8_values(kind: str) -> Tensor:
+    """Values of all 8-bit floats of a kind by their code, float32 ``[256]``."""
+    return torch.arange(256, dtype=torch.uint8).view(FLOATS[kind]).float()
 
 
 @cache
@@ -124,6 +151,11 @@ def to_posit(x: Tensor, bits: int, es: int) -> Tensor:
 
 def from_posit(codes: Tensor, bits: int, es: int) -> Tensor:
     """Float32 values of codes; NaR, which is never written, counts as zero."""
-    values = posit_values(bits, es).to(codes.device)
-    table = torch.cat([values.new_zeros(1), values, values.new_zeros(1), -values.flip(0)])
-    return table[codes.long() & (2**bits - 1)]
+    return signed_posit_values(bits, es).to(codes.device)[codes.long() & (2**bits - 1)]
+
+
+@cache
+def signed_posit_values(bits: int, es: int) -> Tensor:
+    """Values of all posits by their code in two's complement, float32 ``[2^bits]``."""
+    values = posit_values(bits, es)
+    return torch.cat([values.new_zeros(1), values, values.new_zeros(1), -values.flip(0)])

@@ -1,6 +1,6 @@
 """Codes of different width from entry to entry: packed into bytes one after the other, and bits chosen by salience."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,6 +11,7 @@ from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.integer import check_bits
 from kvbudget.kernels.encode import HALF_MAX, quantize
 from kvbudget.kernels.operands import pack, packed_width, unpack
+from kvbudget.kernels.scalar import ScalarOperand
 
 
 def pack_levels(codes: Tensor, bits: Tensor) -> Tensor:
@@ -52,6 +53,13 @@ class Levels(Codec):
 
     def payload_bytes(self, width: int) -> int:
         return packed_width(width, self.high)
+
+    def scalar(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        """The codes alone; ``columns`` has ``at``, where each entry begins in the payload, and its ``width`` too."""
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        found = ScalarOperand(columns["payload"], self.high, int(columns["width"]), first)
+        found.levels, found.at = columns["bits"], columns["at"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,18 @@ class SalientQuant(Levels):
             return codes * scale + low
         return (codes * columns["scale"].float() + columns["zero"].float()) * place.of("channel").float()
 
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        found = self.scalar(columns, starts, skip)
+        if self.side == "keys":
+            low, high = columns["lowest"].float(), columns["highest"].float()
+            levels = (self.low, self.high) if self.low < self.high else (self.high,)
+            found.spread = torch.stack([_step(low, high, 2.0**bits - 1) for bits in levels], 1)
+            found.offset = low[:, None].expand(-1, len(levels), -1).contiguous()
+        else:
+            found.scale, found.zero = columns["scale"], columns["zero"]
+            found.spread = columns["channel"][:, None].float()
+        return found
+
     def state_bytes(self, width: int) -> float:
         return 4 * width if self.side == "keys" else 2 * width
 
@@ -143,8 +163,13 @@ class SalientQuant(Levels):
     def _grid(self, place: Place, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest value and step of each entry's channels."""
         low, high = place.of("lowest").float(), place.of("highest").float()
-        scale = (high - low) / (2.0 ** bits.float() - 1)[:, None]
-        return low, torch.where(scale > 0, scale, torch.ones_like(scale))
+        return low, _step(low, high, (2.0 ** bits.float() - 1)[:, None])
+
+
+def _step(low: Tensor, high: Tensor, steps: Tensor | float) -> Tensor:
+    """The distance of neighboring codes of each channel; one where a channel does not change."""
+    scale = (high - low) / steps
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from kvbudget.codecs.base import Codec, Place
 from kvbudget.codecs.sparse import index_type
 from kvbudget.kernels.encode import HALF_MAX
 from kvbudget.kernels.operands import pack, packed_width, unpack
+from kvbudget.kernels.scalar import ScalarOperand
 
 SMALLEST = 1e-6
 """Ranges below this count as this, so that constant channels decode to their constant."""
@@ -77,6 +78,22 @@ class NonUniform(Codec):
         if "outliers" in columns:
             dense = dense.scatter(-1, columns["outlier_index"].long(), columns["outliers"].float())
         return dense
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        assert self.book is not None
+        codes = columns["codes"]
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        table = self.book[1].float().contiguous().to(codes.device)
+        found = ScalarOperand(codes, self.bits, codes.shape[-1] * 8 // self.bits, first, table)
+        if self.side == "keys":
+            assert self.offset is not None and self.spread is not None
+            channels = (x.to(codes.device)[:, None].float() for x in (self.spread.clamp_min(SMALLEST), self.offset))
+            found.spread, found.offset = channels
+        else:
+            found.scale, found.zero = columns["spread"], columns["offset"]
+        if "outliers" in columns:
+            found.outliers, found.places = columns["outliers"], columns["outlier_index"]
+        return found
 
     def bytes_per_entry(self, width: int) -> float:
         outliers = count_of(width, self.share) * (2 + index_type(width).itemsize)

@@ -12,8 +12,8 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place, Stage
 from kvbudget.codecs.codebook import codewords, nearest
 from kvbudget.codecs.integer import divisor
-from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.operands import Operand, pack, packed_width, unpack
+from kvbudget.kernels.scalar import ScalarOperand
 
 Kind = Literal["hadamard", "random"]
 
@@ -111,37 +111,15 @@ class NormalCodes(Codec):
         width = packed.shape[-1] * 8 // self.bits
         return values[unpack(packed, self.bits, width).long()] * columns["norm"].float() / math.sqrt(width)
 
-    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
-        """Packed codes are bytes, and name words of the channels that share one; channels are in the order of the packing."""
-        packed = columns["codes"]
-        if self.bits == 3:
-            return None
-        width = packed.shape[-1] * 8 // self.bits
-        words = byte_words(self.bits).to(packed.device) / math.sqrt(width)
-        book = words.expand(1, 1, packed.shape[-1], *words.shape)
-        found = CodebookOperand(packed[:, None], book, starts, skip, columns["norm"])
-        order = byte_order(self.bits, width, packed.device)
-        found.basis = torch.eye(width, device=packed.device)[:, order]
-        return found
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        codes = columns["codes"]
+        width = codes.shape[-1] * 8 // self.bits
+        table = lloyd_max(self.bits).to(codes.device) / math.sqrt(width)
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        return ScalarOperand(codes, self.bits, width, first, table, scale=columns["norm"])
 
     def bytes_per_entry(self, width: int) -> float:
         return packed_width(width, self.bits) + 2
-
-
-@cache
-def byte_words(bits: int) -> Tensor:
-    """What each byte of packed codes stands for: ``[256, 8 / bits]``, the code in the lowest bits first."""
-    return lloyd_max(bits)[byte_codes(bits)]
-
-
-def byte_codes(bits: int) -> Tensor:
-    """The codes in each byte, that in the lowest bits first: int64 ``[256, 8 / bits]``."""
-    return (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
-
-
-def byte_order(bits: int, width: int, device: torch.device) -> Tensor:
-    """Channels in the order of the bytes that hold their codes: int64 ``[D]``."""
-    return torch.arange(width, device=device).view(8 // bits, -1).T.flatten()
 
 
 @cache

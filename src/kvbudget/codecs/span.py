@@ -9,10 +9,9 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.integer import check_bits
-from kvbudget.codecs.rotated import byte_codes, byte_order
-from kvbudget.kernels.codebook import CodebookOperand
 from kvbudget.kernels.encode import HALF_MAX
-from kvbudget.kernels.operands import Operand, pack, packed_width, unpack
+from kvbudget.kernels.operands import pack, packed_width, unpack
+from kvbudget.kernels.scalar import ScalarOperand
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,12 @@ class SpanQuant(Codec):
         low, scale = self._grid(place)
         return unpack(columns["codes"], self.bits, low.shape[-1]).float() * scale + low
 
-    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
-        """Packed codes are bytes, and name words of the row's own; channels are in the order of the packing."""
-        packed, low, high = columns["codes"], columns["lowest"].float(), columns["highest"].float()
-        if self.bits == 3:
-            return None
-        order = byte_order(self.bits, low.shape[-1], packed.device)
-        low, high = (x[:, order].view(len(x), 1, -1, 1, 8 // self.bits) for x in (low, high))
-        words = low + (high - low) / (2**self.bits - 1) * byte_codes(self.bits).to(packed.device)
-        found = CodebookOperand(packed[:, None], words, starts, skip)
-        found.basis = torch.eye(len(order), device=packed.device)[:, order]
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> ScalarOperand:
+        low, high = columns["lowest"].float(), columns["highest"].float()
+        scale = (high - low) / (2**self.bits - 1)
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        found = ScalarOperand(columns["codes"], self.bits, low.shape[-1], first)
+        found.spread, found.offset = scale[:, None], low[:, None]
         return found
 
     def state_bytes(self, width: int) -> float:

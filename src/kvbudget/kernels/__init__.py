@@ -31,6 +31,8 @@ from kvbudget.kernels.operands import (
 )
 from kvbudget.kernels.ragged import Layout
 from kvbudget.kernels.reference import Partial, causal_attend
+from kvbudget.kernels.scalar import ScalarOperand
+from kvbudget.kernels.turned import TurnedOperand
 
 __all__ = [
     "AtomOperand",
@@ -43,8 +45,10 @@ __all__ = [
     "Layout",
     "Operand",
     "Partial",
+    "ScalarOperand",
     "SummedOperand",
     "TokenQuantOperand",
+    "TurnedOperand",
     "attend",
     "attend_keeping_logits",
     "backend",

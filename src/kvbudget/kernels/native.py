@@ -8,15 +8,9 @@ from torch import Tensor
 
 from kvbudget.errors import KVBudgetError
 from kvbudget.kernels import _native
-from kvbudget.kernels.codebook import CodebookOperand
-from kvbudget.kernels.gathered import GatheredOperand
-from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
+from kvbudget.kernels.operands import Operand, packed_width
 from kvbudget.kernels.reference import Partial
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DENSE, _TOKEN, _CHANNEL, _CODEBOOK = range(4)
-_MAX_WIDTH = 1024
-_BITS = (1, 2, 3, 4, 8)
+from kvbudget.kernels.views import BITS, MAX_WIDTH, TYPES, describe
 
 
 def instruction_set() -> str:
@@ -32,89 +26,7 @@ def use_instruction_set(name: str) -> None:
 
 def reads(operand: Operand, query: Tensor) -> bool:
     """Whether the extension attends to an operand as it is, with such queries."""
-    return query.is_cpu and query.dtype in _TYPES and _describe(operand) is not None
-
-
-def _describe(operand: Operand) -> tuple[Any, ...] | None:
-    """The operand as the extension reads it; None where only the reference kernels can."""
-    if type(operand) is GatheredOperand:
-        base, index = _describe(operand.base), operand.index
-        if base is None or base[11] or index.dtype is not torch.int64 or not index.is_contiguous():
-            return None
-        return (*base[:11], index.data_ptr(), operand.starts, base[13])
-    if type(operand) is DenseOperand:
-        data = operand.data
-        kind = _TYPES.get(data.dtype)
-        if kind is None or not data.is_cpu or data.dim() != 2 or not 0 < data.shape[1] <= _MAX_WIDTH:
-            return None
-        if data.stride(1) != 1:
-            return None
-        stride = data.stride(0) * data.element_size()
-        return (_DENSE, kind, data.data_ptr(), stride, 0, 0, data.shape[1], 0, 1, operand.starts, (), 0, (), ())
-    if type(operand) is CodebookOperand:
-        return _describe_codebook(operand)
-    if type(operand) is not TokenQuantOperand and type(operand) is not ChannelQuantOperand:
-        return None
-    skip = (operand.skip or ()) if isinstance(operand, ChannelQuantOperand) else ()
-    codes, scale, zero = operand.codes, operand.scale, operand.zero
-    kind = _TYPES.get(scale.dtype)
-    if kind is None or zero.dtype is not scale.dtype or operand.bits not in _BITS or not codes.is_cpu:
-        return None
-    if not (codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
-        return None
-    token = type(operand) is TokenQuantOperand
-    width = scale.shape[-1] * operand.group if token else scale.shape[-1]
-    stride = codes.shape[-1]
-    if width % 8 or not 0 < width <= _MAX_WIDTH or stride != packed_width(width, operand.bits):
-        return None
-    return (
-        _TOKEN if token else _CHANNEL,
-        kind,
-        codes.data_ptr(),
-        stride,
-        scale.data_ptr(),
-        zero.data_ptr(),
-        width,
-        operand.bits,
-        operand.group,
-        operand.starts,
-        skip,
-        0,
-        (),
-        (),
-    )
-
-
-def _describe_codebook(operand: CodebookOperand) -> tuple[Any, ...] | None:
-    codes, words = operand.codes, operand.codebook
-    meta = [column for column in (operand.scale, operand.shift, operand.mean) if column is not None]
-    kinds = {_TYPES.get(column.dtype) for column in meta} or {0}
-    if len(kinds) > 1 or None in kinds or not all(column.is_contiguous() for column in meta):
-        return None
-    if not codes.is_cpu or codes.dtype not in (torch.uint8, torch.int16) or not codes.is_contiguous():
-        return None
-    heads, stages, groups, size, coupled = words.shape
-    if words.dtype is not torch.float32 or words.stride()[3:] != (coupled, 1):
-        return None
-    width = operand.width
-    if width % 8 or not 0 < width <= _MAX_WIDTH or codes.shape[2] != stages * groups:
-        return None
-    scale, shift, mean = (0 if c is None else c.data_ptr() for c in (operand.scale, operand.shift, operand.mean))
-    book = (
-        words.data_ptr(),
-        heads,
-        stages,
-        groups,
-        size,
-        coupled,
-        *words.stride()[:3],
-        codes.element_size(),
-        mean,
-        shift,
-    )
-    stride = codes.shape[2] * codes.element_size()
-    head = (_CODEBOOK, kinds.pop(), codes.data_ptr(), stride, scale, 0, width, 0, operand.unit)
-    return (*head, operand.starts, operand.skip or (), 0, (), book)
+    return query.is_cpu and query.dtype in TYPES and describe(operand) is not None
 
 
 def _call(
@@ -130,7 +42,7 @@ def _call(
     window: int | None,
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:
     """The call's other arguments for the extension, and the tensors that must outlive it; None where unsupported."""
-    kind = _TYPES.get(query.dtype)
+    kind = TYPES.get(query.dtype)
     if kind is None or not query.is_cpu or query.dim() != 3:
         return None
     query = query.contiguous()
@@ -190,7 +102,7 @@ def attend(
 
     ``logits [M * sum(lengths)]`` float32, where given, is filled row after row with ``[M, length]`` for `mass_of_logits`.
     """
-    key_view, value_view = _describe(key), _describe(value)
+    key_view, value_view = describe(key), describe(value)
     call = _call(
         query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
     )
@@ -226,7 +138,7 @@ def lane(
     for keys, values, starts, positions in portions:
         sides = []
         for sealed, unit, tail in (keys, values):
-            views = [() if x is None else _describe(x) for x in (sealed, tail)]
+            views = [() if x is None else describe(x) for x in (sealed, tail)]
             if None in views:
                 return None
             sides.append((views[0], unit, views[1]))
@@ -236,7 +148,7 @@ def lane(
     if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
         return None
     zeroed = [state.data_ptr() for state in states]
-    return _native.Lane(rows, queries, described, room, zeroed, _TYPES[dtype])
+    return _native.Lane(rows, queries, described, room, zeroed, TYPES[dtype])
 
 
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:
@@ -267,7 +179,7 @@ def _weighted(
     block: int = 0,
 ) -> list[Tensor] | None:
     """Weights of all queries, apart ``[M, T_r]`` or summed ``[T_r]``."""
-    key_view = _describe(key)
+    key_view = describe(key)
     call = _call(
         query, lengths, scale, softcap, log_count, positions, entry_starts, query_positions, causal_tail, window
     )
@@ -287,11 +199,11 @@ def _weighted(
 
 def encode(x: Tensor, bits: int, group: int, by_units: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """`encode.encode_units` or `encode.encode_tokens` by the extension; None where it cannot serve the tensor."""
-    kind = _TYPES.get(x.dtype)
-    if kind is None or not x.is_cpu or x.dim() != 2 or bits not in _BITS or (len(x) and x.stride(1) != 1):
+    kind = TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu or x.dim() != 2 or bits not in BITS or (len(x) and x.stride(1) != 1):
         return None
     entries, width = x.shape
-    if width % 8 or not 0 < width <= _MAX_WIDTH:
+    if width % 8 or not 0 < width <= MAX_WIDTH:
         return None
     count = entries // group if by_units else entries
     shape = (count, group) if by_units else (count,)

@@ -1,7 +1,7 @@
 """How a model's keys rotate with position: RoPE parameters taken from the model and verified against its own keys."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -50,6 +50,7 @@ class Rotation:
     inv_freq: Tensor
     layout: Layout = "half"
     attention_scaling: float = 1.0
+    _tables: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -72,6 +73,14 @@ class Rotation:
     def strip(self, x: Tensor, positions: Tensor | int) -> Tensor:
         """Turn cached keys, `[..., D]`, into the keys before RoPE: the inverse of `embed`."""
         return self._turn(x, -positions, 1.0 / self.attention_scaling)
+
+    def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[P, R / 2]`` by which `embed` turns at the positions below P >= ``length``; kept, and grown."""
+        if not self._tables or len(self._tables[0]) < length or self._tables[0].device != torch.device(device):
+            most = 1 << (max(length, 1024) - 1).bit_length()
+            angle = torch.arange(most, device=device)[:, None].float() * self.inv_freq.to(device)
+            self._tables[:] = [angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling]
+        return self._tables[0], self._tables[1]
 
     def embed_mean(self, x: Tensor, begin: Tensor | int, count: int) -> Tensor:
         """The mean of `embed(x, p)` over the ``count`` positions p from ``begin`` on (broadcast to `[...]`)."""

@@ -9,6 +9,7 @@ from kvbudget import kernels
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.kernels.operands import DecodedOperand, DenseOperand, Operand
 from kvbudget.kernels.ragged import kept_cells
+from kvbudget.kernels.turned import TurnedOperand
 from kvbudget.models import Rotation
 from kvbudget.segments.base import Side
 from kvbudget.segments.ragged import RaggedTable
@@ -192,10 +193,10 @@ class CodecStore:
     def operand(self, begin: Sequence[int], part: int) -> Operand:
         """Rows from entry ``begin[r]`` of one of the three parts on."""
         if part == SEALED:
-            fused = None
-            if self.rotation is None and not self.codec.variable:
-                fused = self.codec.operand(self.sealed.columns | self.state, self.sealed.starts, begin)
-            return fused or DecodedOperand(lambda row, b, e: self.decoded(row, begin[row] + b, begin[row] + e))
+            fused = self.codec.operand(self._cells(), self.sealed.starts, begin)
+            if fused is None:
+                return DecodedOperand(lambda row, b, e: self.decoded(row, begin[row] + b, begin[row] + e))
+            return fused if self.rotation is None else self._turned(fused, self.rotation, begin)
         table = self.first if part == FIRST else self.tail
         return DenseOperand(table.columns["data"], [s + b for s, b in zip(table.starts, begin, strict=True)])
 
@@ -212,6 +213,27 @@ class CodecStore:
             if sealed is None or sealed.basis is not None:
                 return None
         return Side(sealed, self.codec.unit, self.sealed if sealed is not None else None, tail, self.tail)
+
+    def _cells(self) -> dict[str, Tensor]:
+        """What a codec's operand is made of; of units that differ in size also where in the payload they begin."""
+        cells = self.sealed.columns | self.state
+        if not self.codec.variable:
+            return cells
+        at = torch.zeros(len(next(iter(self.sealed.columns.values()))), dtype=torch.long)
+        starts = zip(self.sealed.starts, self.sealed.lengths, self.payload.starts, strict=True)
+        for size, (start, length, first) in zip(self._sizes(), starts, strict=True):
+            at[start : start + length] = size.cumsum(0) - size + first
+        width = torch.tensor(self.tail.columns["data"].shape[-1])
+        return cells | {"payload": self.payload.columns["payload"], "at": at, "width": width}
+
+    def _turned(self, base: Operand, rotation: Rotation, begin: Sequence[int]) -> TurnedOperand:
+        """Rows of an operand from entry ``begin[r]`` on, turned as the model turns its keys."""
+        position = self.meta.columns["position"]
+        newest = (int(self.meta.row("position", r).max()) for r, n in enumerate(self.meta.lengths) if n)
+        cos, sin = rotation.tables(max(newest) + 1, position.device)
+        matrix, base.basis = None if base.basis is None else base.basis.T.contiguous(), None
+        entries = [s + f + b for s, f, b in zip(self.meta.starts, self.first.lengths, begin, strict=True)]
+        return TurnedOperand(base, cos, sin, rotation.layout == "interleaved", position, entries, matrix)
 
     def share(self) -> "CodecStore":
         other = object.__new__(CodecStore)

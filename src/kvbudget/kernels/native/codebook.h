@@ -5,7 +5,7 @@
 // The lanes of a table's vectors are up to eight queries.
 #pragma once
 
-#include "codec.h"
+#include "expand.h"
 
 namespace kvbudget {
 namespace {
@@ -61,7 +61,7 @@ KV_INLINE void transpose(vf (&x)[W]) {
 }
 
 // Sum of one vector per code of an entry.
-KV_INLINE vf look_up(const Book& book, const float* table, const uint8_t* codes) {
+KV_INLINE vf sum_words(const Book& book, const float* table, const uint8_t* codes) {
   const int slots = book.stages * book.subspaces;
   const int64_t step = static_cast<int64_t>(book.size) * W;
   vf a = splat(0.0f), b = splat(0.0f);
@@ -87,7 +87,7 @@ KV_INLINE void table_logits(const Operand& x, Table& table, const float* query, 
       vf sums[W];
       for (int j = 0; j < W; ++j) {
         const int64_t at = flat(x, row, t + (i + j < n ? i + j : n - 1));
-        sums[j] = look_up(book, lut, x.data + at * x.stride);
+        sums[j] = sum_words(book, lut, x.data + at * x.stride);
         if (x.scale) sums[j] *= splat(element(x.scale, x.type, at));
       }
       transpose(sums);

@@ -67,11 +67,17 @@ KV_INLINE void with_codec(Codec codec, Body&& body) {
 KV_INLINE int padded(int n, int to) { return (n + to - 1) / to * to; }
 KV_INLINE int packed_bytes(int width, int bits) { return width * bits / 8; }
 
+// Whether entries change after they have been written out, so that no code can be met as it is stored.
+KV_INLINE bool turned(const Operand& x) { return x.turn.matrix || x.turn.cos; }
+
+// Whether look-up tables stand for products with codewords.
+KV_INLINE bool by_table(const Operand& x) { return x.kind == Kind::codebook && !x.book.weights && !turned(x); }
+
 // Three bits lie in two planes; the kernels read them as the four bits that `widen` makes of them.
 KV_INLINE int kernel_bits(const Operand& x) { return x.bits == 3 ? 4 : x.bits; }
 
 KV_INLINE Codec choose(const Operand& x) {
-  if (x.kind == Kind::codebook) return Codec::expand;
+  if (x.kind == Kind::codebook || x.kind == Kind::scalar || turned(x)) return Codec::expand;
   if (x.kind == Kind::dense) {
     if (x.width % 16 || x.type == Type::f16) return Codec::expand;
     const bool wide = x.width % 32 == 0;
@@ -250,50 +256,6 @@ KV_INLINE int64_t flat(const Operand& x, int row, int64_t t) {
   if (x.index) t = x.index[x.index_starts[row] + t];
   if (x.skip) t += x.skip[row];
   return x.starts[row] * (x.kind == Kind::channel || x.kind == Kind::codebook ? x.group : 1) + t;
-}
-
-// Codes come from outside and must not lead out of the table.
-KV_INLINE int code_of(const Book& book, const uint8_t* codes, int slot) {
-  const int code = book.code_bytes == 1 ? codes[slot] : reinterpret_cast<const u16_memory*>(codes)[slot];
-  return code < book.size ? code : book.size - 1;
-}
-
-KV_INLINE const float* words_of(const Book& book, int row, int stage, int subspace) {
-  return book.words + row % book.heads * book.head_step + stage * book.stage_step + subspace * book.subspace_step;
-}
-
-// Entry t of a row as float32 [width]; `other` holds [width] floats in between.
-KV_INLINE void expand_entry(const Operand& x, int row, int64_t t, float* out, float* other) {
-  const int64_t at = flat(x, row, t);
-  const uint8_t* data = x.data + at * x.stride;
-  if (x.kind == Kind::dense) {
-    to_float(data, x.type, 0, x.width, out);
-  } else if (x.kind == Kind::token) {
-    unpack_row(data, x.width, x.bits, out);
-    const int groups = x.width / x.group;
-    for (int j = 0; j < groups; ++j) {
-      const float s = element(x.scale, x.type, at * groups + j), z = element(x.zero, x.type, at * groups + j);
-      for (int i = 0; i < x.group; ++i) out[j * x.group + i] = out[j * x.group + i] * s + z;
-    }
-  } else if (x.kind == Kind::channel) {
-    unpack_row(data, x.width, x.bits, out);
-    const int64_t meta = at / x.group * x.width;
-    to_float(x.scale, x.type, meta, x.width, other);
-    for (int i = 0; i < x.width; ++i) out[i] *= other[i];
-    to_float(x.zero, x.type, meta, x.width, other);
-    for (int i = 0; i < x.width; ++i) out[i] += other[i];
-  } else {
-    const Book& book = x.book;
-    const float scale = x.scale ? element(x.scale, x.type, at) : 1.0f;
-    const float shift = book.mean ? element(book.shift, x.type, at) : 0.0f;
-    if (book.mean) to_float(book.mean, x.type, at / x.group * x.width, x.width, other);
-    for (int i = 0; i < x.width; ++i) out[i] = book.mean ? shift * other[i] : 0.0f;
-    for (int k = 0, slot = 0; k < book.stages; ++k)
-      for (int p = 0; p < book.subspaces; ++p, ++slot) {
-        const float* word = words_of(book, row, k, p) + static_cast<int64_t>(code_of(book, data, slot)) * book.coupled;
-        for (int i = 0; i < book.coupled; ++i) out[p * book.coupled + i] += scale * word[i];
-      }
-  }
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // queries passes over the panels that some of its queries can see (the causal half and what a window hides are skipped).
 #pragma once
 
-#include "codec.h"
+#include "expand.h"
 
 namespace kvbudget {
 namespace {

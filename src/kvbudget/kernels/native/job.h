@@ -9,7 +9,7 @@
 
 namespace kvbudget {
 
-enum class Kind : int { dense = 0, token = 1, channel = 2, codebook = 3 };
+enum class Kind : int { dense = 0, token = 1, channel = 2, codebook = 3, scalar = 4 };
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Codewords of a codebook operand: an entry is scale * (one word per stage and group of coupled channels) + shift * mean.
@@ -19,9 +19,35 @@ struct Book {
   int stages, subspaces;      // codes per entry: stages * subspaces
   int size, coupled;
   int64_t head_step, stage_step, subspace_step;  // in floats; 0 where words are shared
-  int code_bytes;             // 1 or 2
+  int code_bytes;             // 1 or 2; 0: two words per 12 bits, low bytes of an entry first, then high halves
   const uint8_t* mean;        // [units, D]; null: none
   const uint8_t* shift;       // per entry, with the mean
+  const int8_t* weights;      // [entries][stages * subspaces] what each word counts, before the scale; null: one
+};
+
+// How the codes of a scalar operand become elements, in this order; the fields are those of scalar.py.
+struct Scalar {
+  const float* table;       // [2^bits] what a code stands for; null: itself
+  bool centered;            // codes count from minus half of their range
+  const uint8_t* levels;    // bits of each entry; null: all have those of the operand
+  const int64_t* at;        // with levels: where the codes of an entry begin
+  const float* spread;      // [heads][classes][D], after the entry's own scale and zero; null: none
+  const float* offset;      // the same, added
+  int heads, classes;       // row r uses head r % heads; of two classes entries with the most bits are the second
+  const uint8_t* outliers;  // [entries][count] half precision, in place of what the codes say
+  const uint8_t* places;    // [entries][count] their channels
+  int count, place_bytes;
+};
+
+// What is done to an entry that has been written out: the product with a matrix, then RoPE at its position.
+struct Turn {
+  const float* matrix;      // [D][D], row j is what channel j of the codes adds; null: none
+  const float* cos;         // [positions][half]; null: none
+  const float* sin;
+  int half;                 // pairs of channels that are turned
+  bool interleaved;
+  const int32_t* position;  // of entry t of a row at starts[row] + t
+  const int64_t* starts;
 };
 
 // Keys or values of all rows; the fields are those of operands.py.
@@ -40,6 +66,8 @@ struct Operand {
   const int64_t* index;  // gathered subsets: entry t of a row is index[index_starts[row] + t]; null otherwise
   const int64_t* index_starts;
   Book book;
+  Scalar scalar;
+  Turn turn;
 };
 
 // Dense entries to be encoded, and where their codes, scales and zeros go.

@@ -11,7 +11,7 @@ namespace kvbudget {
 
 // The integers of an operand, which point into here.
 struct Lists {
-  Integers starts, skip, index_starts;
+  Integers starts, skip, index_starts, turn_starts;
 };
 
 // Keys or values of a segment: sealed cells of `unit` entries each behind a codec, then full-precision entries. Without

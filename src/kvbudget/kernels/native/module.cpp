@@ -23,8 +23,63 @@ const kvbudget::Kernels* kernels = kvbudget::best_kernels();
 
 const uint8_t* address(const nb::handle& h) { return reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(h)); }
 
-// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book), where book is () or
-// (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift)
+// (words, heads, stages, subspaces, size, coupled, head step, stage step, subspace step, code bytes, mean, shift,
+//  weights)
+kvbudget::Book book_of(const nb::tuple& t) {
+  kvbudget::Book x{};
+  if (t.size() == 0) return x;
+  x.words = reinterpret_cast<const float*>(address(t[0]));
+  x.heads = nb::cast<int>(t[1]);
+  x.stages = nb::cast<int>(t[2]);
+  x.subspaces = nb::cast<int>(t[3]);
+  x.size = nb::cast<int>(t[4]);
+  x.coupled = nb::cast<int>(t[5]);
+  x.head_step = nb::cast<int64_t>(t[6]);
+  x.stage_step = nb::cast<int64_t>(t[7]);
+  x.subspace_step = nb::cast<int64_t>(t[8]);
+  x.code_bytes = nb::cast<int>(t[9]);
+  x.mean = address(t[10]);
+  x.shift = address(t[11]);
+  x.weights = reinterpret_cast<const int8_t*>(address(t[12]));
+  return x;
+}
+
+// (table, centered, levels, at, spread, offset, heads, classes, outliers, places, count, place bytes)
+kvbudget::Scalar scalar_of(const nb::tuple& t) {
+  kvbudget::Scalar x{};
+  if (t.size() == 0) return x;
+  x.table = reinterpret_cast<const float*>(address(t[0]));
+  x.centered = nb::cast<bool>(t[1]);
+  x.levels = address(t[2]);
+  x.at = reinterpret_cast<const int64_t*>(address(t[3]));
+  x.spread = reinterpret_cast<const float*>(address(t[4]));
+  x.offset = reinterpret_cast<const float*>(address(t[5]));
+  x.heads = nb::cast<int>(t[6]);
+  x.classes = nb::cast<int>(t[7]);
+  x.outliers = address(t[8]);
+  x.places = address(t[9]);
+  x.count = nb::cast<int>(t[10]);
+  x.place_bytes = nb::cast<int>(t[11]);
+  return x;
+}
+
+// (matrix, cos, sin, half, interleaved, positions, starts)
+kvbudget::Turn turn_of(const nb::tuple& t, Lists& lists) {
+  kvbudget::Turn x{};
+  if (t.size() == 0) return x;
+  x.matrix = reinterpret_cast<const float*>(address(t[0]));
+  x.cos = reinterpret_cast<const float*>(address(t[1]));
+  x.sin = reinterpret_cast<const float*>(address(t[2]));
+  x.half = nb::cast<int>(t[3]);
+  x.interleaved = nb::cast<bool>(t[4]);
+  x.position = reinterpret_cast<const int32_t*>(address(t[5]));
+  lists.turn_starts = nb::cast<Integers>(t[6]);
+  x.starts = lists.turn_starts.data();
+  return x;
+}
+
+// (kind, type, data, stride, scale, zero, width, bits, group, starts, skip, index, index_starts, book, scalar, turn), of which
+// the last three are () where there is nothing of the kind.
 Operand operand(const nb::tuple& t, Lists& lists) {
   Operand x{};
   x.kind = static_cast<kvbudget::Kind>(nb::cast<int>(t[0]));
@@ -43,20 +98,9 @@ Operand operand(const nb::tuple& t, Lists& lists) {
   x.starts = lists.starts.data();
   x.skip = lists.skip.empty() ? nullptr : lists.skip.data();
   x.index_starts = lists.index_starts.data();
-  const nb::tuple book = nb::cast<nb::tuple>(t[13]);
-  if (book.size() == 0) return x;
-  x.book.words = reinterpret_cast<const float*>(address(book[0]));
-  x.book.heads = nb::cast<int>(book[1]);
-  x.book.stages = nb::cast<int>(book[2]);
-  x.book.subspaces = nb::cast<int>(book[3]);
-  x.book.size = nb::cast<int>(book[4]);
-  x.book.coupled = nb::cast<int>(book[5]);
-  x.book.head_step = nb::cast<int64_t>(book[6]);
-  x.book.stage_step = nb::cast<int64_t>(book[7]);
-  x.book.subspace_step = nb::cast<int64_t>(book[8]);
-  x.book.code_bytes = nb::cast<int>(book[9]);
-  x.book.mean = address(book[10]);
-  x.book.shift = address(book[11]);
+  x.book = book_of(nb::cast<nb::tuple>(t[13]));
+  x.scalar = scalar_of(nb::cast<nb::tuple>(t[14]));
+  x.turn = turn_of(nb::cast<nb::tuple>(t[15]), lists);
   return x;
 }
 
@@ -90,7 +134,8 @@ struct Call {
     const size_t rows = static_cast<size_t>(job.rows);
     const bool needs_entries = job.log_count || job.window > 0;
     const auto complete = [rows](const Operand& x, const Lists& l) {
-      return l.starts.size() >= rows && (l.skip.empty() || l.skip.size() >= rows) && (!x.index || l.index_starts.size() >= rows);
+      return l.starts.size() >= rows && (l.skip.empty() || l.skip.size() >= rows) && (!x.index || l.index_starts.size() >= rows) &&
+             (!x.turn.cos || l.turn_starts.size() >= rows);
     };
     if (lengths.size() != rows || !complete(job.key, key_lists) || (value && !complete(job.value, value_lists)) ||
         (needs_entries && entry_starts.size() < rows))

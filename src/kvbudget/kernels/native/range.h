@@ -80,16 +80,16 @@ KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, S
   side.channel = arena.take<int>(side.lanes);
   side.unit = arena.take<float>(side.lanes);
   side.group_of = arena.take<int>(side.order.vectors);
-  const size_t meta = x.kind == Kind::token ? static_cast<size_t>(side.groups) * (block + W) : x.width;
+  const size_t meta = direct && x.kind == Kind::token ? static_cast<size_t>(side.groups) * (block + W) : x.width;
   const size_t repeat = side.order.entries > 1 ? W : 1;
-  side.scale = arena.take<float>(x.kind == Kind::token ? meta * repeat : side.lanes);
-  side.zero = arena.take<float>(x.kind == Kind::token ? meta : side.lanes);
+  side.scale = arena.take<float>(direct && x.kind == Kind::token ? meta * repeat : side.lanes);
+  side.zero = arena.take<float>(direct && x.kind == Kind::token ? meta : side.lanes);
   side.meta = arena.take<float>(meta);
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
   side.copied = arena.take<uint8_t>(direct ? static_cast<size_t>(kTile + 4 * W) * row_bytes(x) : 0);
   side.words = lane_words(x);
   side.turned = arena.take<uint32_t>(static_cast<size_t>(side.words) * kLanes);
-  if (x.kind != Kind::codebook) return;
+  if (!by_table(x)) return;
   side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
   side.table.lanes = arena.take<float>(W * x.width);
   side.table.means = arena.take<float>(queries);
@@ -258,7 +258,7 @@ KV_INLINE void prepare_query(const Job& job, State& s, int row) {
         s.query_sums[m * s.key.groups + j] = total;
       }
   }
-  if (job.key.kind == Kind::codebook)
+  if (by_table(job.key))
     for (int first = 0; first < M; first += W) fill_table(job.key, row, s.query, M, first, s.key.table);
 }
 
@@ -315,8 +315,8 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
   }
   if (!channel)
     for (int m = 0; m < M; ++m) s.bias[m] = 0.0f;
-  if (x.kind == Kind::codebook) table_logits(x, side.table, s.query, M, row, t, n, s.logits, stride);
-  for (int at = x.kind == Kind::codebook ? n : 0; at < n;) {
+  if (by_table(x)) table_logits(x, side.table, s.query, M, row, t, n, s.logits, stride);
+  for (int at = by_table(x) ? n : 0; at < n;) {
     int count = n - at < kTile ? n - at : kTile;
     const float* q = s.permuted;
     if (channel) {
@@ -390,7 +390,7 @@ KV_INLINE void block_softmax(const Job& job, State& s, int n) {
         s.total[m] *= factor;
         scale_by(s.sums + m * s.value.lanes, s.value.lanes, factor);
         scale_by(s.zero_sums + m * s.value.groups, s.value.groups, factor);
-        if (job.value.kind == Kind::codebook) shrink(job.value, s.value.table, m, factor);
+        if (by_table(job.value)) shrink(job.value, s.value.table, m, factor);
       }
       s.top[m] = top;
     }
@@ -467,7 +467,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   Side& side = s.value;
   const int M = job.queries, stride = s.block + 16, entries = side.order.entries;
   const bool direct = side.order.codec != Codec::expand;
-  if (x.kind == Kind::codebook) return table_weights(x, side.table, M, row, t, n, s.logits, stride);
+  if (by_table(x)) return table_weights(x, side.table, M, row, t, n, s.logits, stride);
   const bool token = direct && x.kind == Kind::token, channel = direct && x.kind == Kind::channel;
   const int repeat = entries > 1 ? W / entries : 1;
   if (token) {
@@ -550,7 +550,7 @@ void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratc
   }
   std::memset(s.sums, 0, sizeof(float) * M * s.value.lanes);
   std::memset(s.zero_sums, 0, sizeof(float) * M * s.value.groups);
-  if (job.value.kind == Kind::codebook) clear(job.value, M, s.value.table);
+  if (by_table(job.value)) clear(job.value, M, s.value.table);
   for (int64_t t = begin; t < end; t += s.block) {
     const int n = static_cast<int>(end - t < s.block ? end - t : s.block);
     block_logits(job, s, row, t, n, end);
@@ -560,7 +560,7 @@ void attend(const Job& job, int row, int64_t begin, int64_t end, uint8_t* scratc
     block_softmax(job, s, n);
     block_values(job, s, row, t, n, end);
   }
-  if (job.value.kind == Kind::codebook) multiply_words(job.value, s.value.table, M, row, s.sums, s.value.lanes);
+  if (by_table(job.value)) multiply_words(job.value, s.value.table, M, row, s.sums, s.value.lanes);
   finish(job, s, out, lse);
 }
 
