@@ -83,6 +83,16 @@ def test_methods_do_not_know_the_cache() -> None:
             assert not {target for target in known if room(target) in ("cache", "enforcer", "attention", "prefill")}
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "methods"])
+def test_recipes_are_short(module: str) -> None:
+    """What a recipe needs beyond a composition is a part, and stands in policy/ (lines without docstrings)."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    assert len([line for line in ast.unparse(tree).splitlines() if line.strip()]) <= 65
+
+
 def test_no_circular_imports() -> None:
     graph = {
         module: set(imports(ast.parse(path.read_text(encoding="utf-8")), lazy=False))

@@ -11,7 +11,7 @@ from kvbudget.costs import EntryCost
 from kvbudget.errors import BudgetError
 from kvbudget.layer import LayerCache
 from kvbudget.policy.allocators.layers import Uniform
-from kvbudget.policy.base import Parts, Span
+from kvbudget.policy.base import LookingBack, Parts, Span
 
 FAR = 2**62
 """A length beyond every text."""
@@ -110,10 +110,12 @@ class Shares:
         if self.parts.scorer is not None:
             self._admit_pinned(longest, batch_size)
             return
+        alone = isinstance(self.parts.selector, LookingBack)  # goes with no evicting method
+        evicting = [] if alone else [f"add an evicting method (streaming_llm+{self.text})"]
         if self.budget.kind == "fraction" and self.max_length is None:
             raise BudgetError(
                 f"{self.text} keeps every entry, so it cannot hold {self.budget} of what it sees; "
-                f"add an evicting method (streaming_llm+{self.text}) or drop the budget"
+                + " or ".join([*evicting, "drop the budget"])
             )
         if longest > self.mean_entries(longest, batch_size):
             remedy = f"{longest} tokens"
@@ -125,7 +127,7 @@ class Shares:
             texts = f" of {batch_size} sequences" if batch_size > 1 else ""
             raise BudgetError(
                 f"{self.text} keeps every entry, and {longest} tokens{texts} do not fit into {self.budget}; "
-                f"give at least {remedy} or add an evicting method (streaming_llm+{self.text})"
+                + " or ".join([f"give at least {remedy}", *evicting])
             )
 
     def mean_entries(self, seen: int, batch_size: int | None = None) -> float:

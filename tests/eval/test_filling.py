@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvbudget import KVCache
+from kvbudget.driver import revising
 from kvbudget.eval.filling import Filler
 from kvbudget.eval.matrix import every_policy
 from kvbudget.eval.replay import record
@@ -87,16 +88,19 @@ def test_caches_read_together_answer_as_each_alone(setting) -> None:
     assert held == [cache.nbytes for cache in caches]
 
 
-@pytest.mark.parametrize("policy", ["kcache(top=3)", "mpcache"])
+@pytest.mark.parametrize(
+    "policy", ["kcache(top=3)", "mpcache", "retro_attention(window=2, share=0.2, page=4, dense=0)"]
+)
 def test_what_acts_in_decoding_alone_is_read_as_in_decoding(setting, policy: str) -> None:
     model, tokenizer, _, recording = setting
-    cache = KVCache(model, policy, None if "kcache" in policy else "30%", max_length=TOKENS)
+    cache = KVCache(model, policy, "30%" if policy == "mpcache" else None, max_length=TOKENS)
     Filler(model, tokenizer, recording).fill(cache)
     probe = Probe(random_text(20, seed=4)[0], random_text(19, seed=5)[0], skip=2)
     fork, ids = cache.fork(), torch.cat([probe.question, probe.answer])[None]
-    with torch.inference_mode():
+    with torch.inference_mode(), revising(model, fork):
         rows = [model(ids[:, :19], past_key_values=fork).logits[0]]
-        rows += [model(ids[:, i : i + 1], past_key_values=fork).logits[0] for i in range(19, 38)]
+        # What is revised comes once more, before the new token.
+        rows += [model(ids[:, i : i + 1], past_key_values=fork).logits[0, -1:] for i in range(19, 38)]
     expected = torch.cat(rows)[-17:]
     (mine,) = read_together(model, [cache], probe)
     assert torch.allclose(mine.logits, expected, atol=1e-4)

@@ -6,8 +6,8 @@ from brute import run
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.codecs.codebook import nearest
-from kvbudget.methods.a2ats import Retrieved
 from kvbudget.models import rotations_of
+from kvbudget.policy.selectors.codes import Retrieved
 from kvbudget.segments.selective import Reading
 from tiny import random_text, tiny_model
 

@@ -1,4 +1,4 @@
-"""Calibrated methods under the registry's properties: padded rows equal single runs, byte budgets hold, forks go on alike."""
+"""Calibrated methods under the registry's properties: padded rows, byte budgets, forks, head groups, all budgets."""
 
 from pathlib import Path
 
@@ -8,8 +8,11 @@ from brute import kept_positions
 from test_less import weights as state_weights
 from test_registry import feed
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
+from kvbudget.calibrate import build
+from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.moments import triangle
@@ -27,32 +30,54 @@ POLICIES = (
     "snapkv(window=8)+headkv",
     "snapkv(window=8)+chai",
     "h2o+compresskv(least=8)",
+    "fast_kvzip(window=8)",
+    "kvzap(window=8, depth=0)",
+    "locret(recent=8)",
+    "wg_kv(window=8, admit=0.7)",
 )
+# Heads that keep everything need more room than the other tests leave.
+PINNED = ("razor_attention", "duo_attention(sinks=4, recent=0)")
 
 
-def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
-    """Random ones for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements."""
+def artifacts(model: PreTrainedModel) -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
+    """Random ones for a tiny Llama of 2 layers, with heads of 16 elements."""
     generator = torch.Generator().manual_seed(0)
-    factor = 0.2 * torch.randn(2, 4, 16, 16, generator=generator)
-    return {
-        "qfilters": ({"filters": torch.randn(2, 2, 16, generator=generator)}, {}),
-        "expected_attention_stats": (
-            {"mean": torch.randn(2, 4, 16, generator=generator), "covariance": triangle(factor @ factor.mT)},
+    queries, heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    factor = 0.2 * torch.randn(2, queries, 16, 16, generator=generator)
+    first = [q % (queries // heads) for q in range(queries)]
+    gates = {
+        name: (build(name).untrained(model, generator), {}) for name in ("fast_kvzip", "locret", "wg_kv")
+    }  # fmt: skip
+    width = 16 * (queries + 2 * heads)
+    return gates | {
+        "kvzap": (
+            {
+                "weight": torch.randn(2, width, heads, generator=generator),
+                "bias": torch.randn(2, 1, heads, generator=generator),
+            },
             {},
         ),
-        "compresskv": ({"heads": torch.tensor([[1, 2], [0, 3]]), "importance": torch.tensor([0.3, 0.7])}, {}),
-        "less": (state_weights(), {}),
+        "qfilters": ({"filters": torch.randn(2, heads, 16, generator=generator)}, {}),
+        "expected_attention_stats": (
+            {"mean": torch.randn(2, queries, 16, generator=generator), "covariance": triangle(factor @ factor.mT)},
+            {},
+        ),
+        "compresskv": (
+            {"heads": torch.tensor([[1, 2], [0, queries - 1]]), "importance": torch.tensor([0.3, 0.7])},
+            {},
+        ),
+        "less": (state_weights(2, queries, heads), {}),
         "kv_heads": (
             {
-                name: torch.linalg.qr(torch.randn(2, 1, 32, 16, generator=generator)).Q.contiguous()
+                name: torch.linalg.qr(torch.randn(2, 1, 16 * heads, 8 * heads, generator=generator)).Q.contiguous()
                 for name in ("keys", "values")
             },
             {},
         ),
         "a2ats": (
             {
-                "words": torch.randn(2, 2, 16, 16, generator=generator),
-                "factor": torch.eye(16).expand(2, 2, 16, 16),
+                "words": torch.randn(2, heads, 16, 16, generator=generator),
+                "factor": torch.eye(16).expand(2, heads, 16, 16),
                 "inv_freq": 0.1 ** torch.arange(8).expand(2, 8),
                 "interleaved": torch.tensor(False),
                 "scaling": torch.tensor(1.0),
@@ -61,26 +86,41 @@ def artifacts() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
             {},
         ),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
-        "chai": ({"owners": torch.tensor([[0, 0], [0, 1]]), "sources": torch.tensor([[0, 1, 1, 0], [0, 1, 2, 3]])}, {}),
-        "razor_attention": ({"induction": torch.rand(2, 2, generator=generator), "echo": torch.zeros(2, 2)}, {}),
+        "chai": (
+            {
+                "owners": torch.tensor([[0] * heads, list(range(heads))]),
+                "sources": torch.tensor([first, list(range(queries))]),
+            },
+            {},
+        ),
+        "razor_attention": (
+            {"induction": torch.rand(2, heads, generator=generator), "echo": torch.zeros(2, heads)},
+            {},
+        ),
+        "duo_attention": ({"change": torch.rand(2, heads, generator=generator)}, {}),
         "top_theta": (
-            {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, 4, 2, generator=generator)},
+            {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, queries, 2, generator=generator)},
             {"on": "weights", "k": 8, "first": 16},
         ),
     }
 
 
 @pytest.fixture(autouse=True)
-def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
-    mark = fingerprint(tiny_model("llama"))
-    for method, (tensors, parameters) in artifacts().items():
-        Artifact(method, mark, tensors, parameters).save()
+
+
+def calibrated(**options: int) -> PreTrainedModel:
+    """A tiny Llama for which everything is calibrated."""
+    model = tiny_model("llama", **options)
+    for method, (tensors, parameters) in artifacts(model).items():
+        Artifact(method, fingerprint(model), tensors, parameters).save()
+    return model
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_padded_rows_equal_their_single_runs(policy):
-    model = tiny_model("llama")
+    model = calibrated()
     texts = [random_text(n, seed=n) for n in (40, 120, 97)]
     ids, mask = left_padded(texts)
     ids, mask = torch.cat([ids, random_text(6, rows=3)], dim=1), torch.cat([mask, torch.ones(3, 6).long()], dim=1)
@@ -96,10 +136,37 @@ def test_padded_rows_equal_their_single_runs(policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bytes_bound_it_and_forks_go_on_alike(policy):
-    model, ids = tiny_model("llama"), random_text(150)
+    model, ids = calibrated(), random_text(150)
     cache = KVCache(model, policy, "24KiB")
     feed(model, cache, ids[:, :140], [64, 64, 12])
     assert cache.enforcer.evictions > 0
     fork = cache.fork()
     one, other = (feed(model, c, ids[:, 140:], [1] * 10) for c in (cache, fork))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("policy", POLICIES + PINNED)
+def test_all_head_groups_and_exact_where_everything_fits(policy, heads):
+    model, ids = calibrated(num_attention_heads=heads[0], num_key_value_heads=heads[1]), random_text(64)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    whole = KVCache(model, policy, 200)
+    logits = feed(model, whole, ids, [40, 20] + [1] * 4)
+    if whole.policy.lossless_when_fits:
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    small = KVCache(model, policy, "80%" if policy in PINNED else 32)
+    assert bool(feed(model, small, ids, [60] + [1] * 4).isfinite().all()) and small.enforcer.evictions > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES + PINNED)
+def test_tiny_budgets_are_kept_or_refused(policy):
+    model, ids, kept = calibrated(), random_text(60), []
+    for budget in (1, 5, 48, "100B", "3KiB", "40KiB", "0.5%"):
+        try:
+            feed(model, KVCache(model, policy, budget), ids, [57] + [1] * 3)
+        except (BudgetError, PolicyError) as error:
+            assert "give" in str(error), error
+            continue
+        kept.append(budget)
+    assert "100B" not in kept and {48, "40KiB"} <= {*kept}

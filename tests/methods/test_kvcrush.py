@@ -8,7 +8,7 @@ from torch import Tensor
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
 from kvbudget.layer import LayerCache
-from kvbudget.methods.kvcrush import Representatives
+from kvbudget.policy.refinements.representatives import Representatives
 from kvbudget.policy.view import View
 from tiny import random_text, tiny_model
 

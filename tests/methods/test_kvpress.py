@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate import calibrate
-from kvbudget.models import fingerprint
+from kvbudget.calibrate import build, calibrate
+from kvbudget.calibrate.base import watch
+from kvbudget.models import fingerprint, rotations_of
 from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.gates import projections
 from kvbudget.policy.moments import square
 from kvbudget.policy.view import View
 from tiny import random_text, tiny_model
@@ -26,6 +28,8 @@ import json, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import kvpress
+from kvpress.presses.fastkvzip_press import FastKVzipGate
+from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 
 config, presses = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 model = LlamaForCausalLM(LlamaConfig(**config)).eval()
@@ -75,6 +79,59 @@ for name, text in json.loads(sys.argv[5]).items():
             found[f"{name}.{index}"] = torch.ones(1, 2, 300, dtype=torch.bool)
             found[f"{name}.{index}"][hidden] = False
             layer.self_attn.masked_key_indices = None
+
+
+def gated(gates, name):
+    # Ours read a layer's queries, keys and values before RoPE, theirs the hidden state that these are linear maps of.
+    for index, gate in enumerate(gates):
+        gate.load_state_dict({key.split(".", 2)[2]: x for key, x in given.items() if key.startswith(f"{name}.{index}.")})
+        gate.register_forward_pre_hook(lambda gate, x, index=index: (given[f"features.{index}"],))
+    return gates
+
+
+def kept(name):
+    for index, layer in enumerate(model.model.layers):
+        found[f"{name}.{index}"] = torch.ones(1, 2, 300, dtype=torch.bool)
+        found[f"{name}.{index}"][tuple(layer.self_attn.masked_key_indices)] = False
+        layer.self_attn.masked_key_indices = None
+
+
+width = given["features.0"].shape[-1]
+fast = kvpress.FastKVzipPress(0.5)
+fast.gates = gated([FastKVzipGate(index, width, 2, 3, torch.float32) for index in range(2)], "fast_kvzip")
+zap = kvpress.KVzapPress()
+zap.kvzap_model = KVzapModel(KVzapConfig(input_dim=width, output_dim=2, n_modules=2))
+gated(zap.kvzap_model.layers, "kvzap")
+zap.post_init_from_model = lambda model: None
+watch(zap, "kvzap.scores")
+duo = kvpress.DuoAttentionPress(0.5)
+duo.load_attention_pattern = lambda model: (8, 40, given["change"].numpy())
+
+
+class Tokenizer:
+    # Nothing but an instruction: no template, no end of a turn.
+    chat_template = None
+    from_pretrained = staticmethod(lambda name: Tokenizer)
+    encode = staticmethod(lambda text, **_: given["instruction"] if text.strip() else given["instruction"][:, :0])
+
+
+kvpress.presses.kvzip_press.AutoTokenizer = Tokenizer
+zip = kvpress.KVzipPress(0.5, chunk_size=100)
+finish = zip.compress_post
+
+
+def judged(model):
+    found.update({f"kvzip.scores.{index}": x for index, x in enumerate(zip.score_val.clone())})
+    finish(model)
+
+
+zip.compress_post = judged
+presses = {"fast_kvzip": fast, "kvzap": kvpress.DMSPress(zap, threshold=0.0), "duo_attention": duo, "kvzip": zip}
+for name, press in presses.items():
+    with torch.no_grad(), press(model):
+        model.model(input_ids=given["ids"], past_key_values=DynamicCache())
+    kept(name)
+found |= {f"fast_kvzip.scores.{index}": x for index, x in enumerate(fast.score_val)}
 press = kvpress.KVComposePress(compression_ratio=0.5)
 compress = press.compress_cache
 
@@ -121,6 +178,13 @@ PLANNED = {
     "finch_normalized": "finch(shared=False, positions=original, chunk=1000)",
     "kvcompose": "kvcompose",
 }
+# Methods with weights or passes of their own: policy and entries per head (None: as many as the method wants).
+JUDGED = {
+    "fast_kvzip": ("fast_kvzip(window=6)", 150),
+    "kvzap": ("kvzap(depth=0)", None),
+    "duo_attention": ("duo_attention(sinks=8, recent=40)", None),
+    "kvzip": ("kvzip(chunk=100, instruction_ids=(5, 6, 7))", 150),
+}
 ASKED = {name: {"question_ids": random_text(300)[:, 280:]} for name in ("finch", "finch_normalized")}
 
 
@@ -140,6 +204,7 @@ def both(tmp_path_factory):
             # The attention's scale, which ours hold inside, is applied later there.
             given["mean"] = tensors["mean"] * 4.0
             given["covariance"] = square(tensors["covariance"], 16) * 16.0
+    given |= trained(model, ids)
     save_file(given, folder / "given")
     fields = (
         "vocab_size",
@@ -181,8 +246,44 @@ def both(tmp_path_factory):
         whole.prefill(model, ids if name == "kvcompose" else ids[:, :280], **ASKED.get(name, {}))
         for layer, store in enumerate(whole.enforcer.layers):
             ours[f"{name}.keys.{layer}"], ours[f"{name}.scores.{layer}"] = View(store).keys, View(store).state("score")
+    for name, (text, budget) in JUDGED.items():
+        cache = KVCache(model, text, budget)
+        whole = KVCache(model, text, 1000) if budget else KVCache(model, text.replace("depth=0", "depth=99"))
+        cache.prefill(model, ids)
+        whole.prefill(model, ids)
+        for layer, store in enumerate(cache.enforcer.layers):
+            ours[f"{name}.{layer}"] = held(store)
+            ours[f"{name}.scores.{layer}"] = whole.parts.scorer.score(View(whole.enforcer.layers[layer]))
     del os.environ["KVBUDGET_CACHE"]
     return theirs, ours
+
+
+def trained(model, ids):
+    """Random weights of the gates and of DuoAttention's heads, kept as artifacts, and as kvpress names them; what gates read."""
+    generator = torch.Generator().manual_seed(0)
+    given = {"instruction": torch.tensor([[5, 6, 7]]), "change": torch.tensor([[0.5, 0.1], [0.2, 0.9]])}
+    steps, rotations = torch.arange(300)[None], rotations_of(model)
+    watch(
+        model,
+        ids,
+        lambda index, call, lse: given.update(
+            {f"features.{index}": projections(call.query, call.key, call.value, steps, rotations[index])}
+        ),
+    )
+    fast = build("fast_kvzip").untrained(model, generator)
+    fast = {name: x + 0.5 * torch.randn(x.shape, generator=generator) for name, x in fast.items()}
+    width = fast["query"].shape[1]
+    zap = {name: torch.randn(2, rows, 2, generator=generator) for name, rows in (("weight", width), ("bias", 1))}
+    for method, tensors in (("fast_kvzip", fast), ("kvzap", zap), ("duo_attention", {"change": given["change"]})):
+        Artifact(method, fingerprint(model), tensors, {}).save()
+    for layer in range(2):
+        given |= {f"kvzap.{layer}.weight": zap["weight"][layer].T, f"kvzap.{layer}.bias": zap["bias"][layer, 0]}
+        weights = {"q_norm.weight": torch.ones(16), "k_norm.weight": torch.ones(16)}
+        weights |= {"q_proj.weight": fast["query"][layer].T, "q_proj.bias": fast["query_bias"][layer, 0]}
+        weights |= {"k_proj.weight": fast["key"][layer].T, "k_base": fast["sink"][layer, :, None]}
+        weights["b"] = fast["bias"][layer, 0, :, None]
+        given |= {f"fast_kvzip.{layer}.{name}": x for name, x in weights.items()}
+    return {name: x.contiguous() for name, x in given.items()}
 
 
 def held(store):
@@ -256,3 +357,18 @@ def test_composites_are_the_same(both):
         found, expected = ours[f"kvcompose.{layer}"][0], theirs[f"kvcompose.{layer}"]
         assert found.sum(-1).tolist() == expected.sum(-1).tolist()
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_own_weights_and_passes_keep_the_same_entries(both, name):
+    theirs, ours = both
+    for layer in range(2):
+        found, kept = ours[f"{name}.{layer}"], theirs[f"{name}.{layer}"]
+        if name != "duo_attention":  # its heads are chosen, and nothing is scored
+            # What kvpress pins by its score: sinks and the window.
+            at = slice(4, -6) if name == "fast_kvzip" else slice(None)
+            score, expected = ours[f"{name}.scores.{layer}"], theirs[f"{name}.scores.{layer}"]
+            torch.testing.assert_close(score[..., at], expected[..., at], atol=2e-5, rtol=2e-3)
+        assert torch.equal(found, kept), f"{int((found != kept).sum())} entries of layer {layer}"
+    if name in ("fast_kvzip", "kvzip"):
+        assert sum(int(ours[f"{name}.{layer}"].sum()) for layer in range(2)) == 600

@@ -6,6 +6,10 @@ from brute import kept_positions
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
+from kvbudget.driver import revising
+from kvbudget.models import fingerprint
+from kvbudget.policy.artifact import Artifact
+from kvbudget.segments.retrospective import OUTPUTS
 from tiny import random_text, tiny_model
 
 PROMPT, TOKENS, BUDGET = 200, 1000, 96
@@ -24,14 +28,21 @@ POLICIES = (
     "lagkv(lag=16)",
     "keydiff(recent=16)",
     "pagedeviction",
+    "random(recent=16)+sablock",
+    "streaming_llm+kvcrush",
+    "snapkv(window=16)+fair(cuts=(50,))",
+    "mpcache(size=8)",
+    "task_kv(window=16, sinks=4, recent=16)",
 )
 CALIBRATED = {
-    "qfilters": "recent=16",
-    "locret": "recent=16",
-    "fast_kvzip": "window=16",
-    "kvzap": "window=32",
-    "wg_kv": "window=32",
+    "qfilters": "qfilters(recent=16)",
+    "locret": "locret(recent=16)",
+    "fast_kvzip": "fast_kvzip(window=16)",
+    "kvzap": "kvzap(window=32)",
+    "wg_kv": "wg_kv(window=32)",
+    "top_theta": "streaming_llm+top_theta",
 }
+FITS = {"locret": {"steps": 2}, "fast_kvzip": {"steps": 2}, "wg_kv": {"steps": 2}, "top_theta": {"k": 16, "first": 16}}
 
 
 @pytest.mark.slow
@@ -45,24 +56,40 @@ def test_a_thousand_tokens(policy):
 def test_a_thousand_tokens_of_calibrated_methods(name, tmp_path, monkeypatch):
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
     model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
-    steps = {} if name in ("qfilters", "kvzap") else {"steps": 2}
-    calibrate(name, model, texts=[random_text(96)[0]], count=1, length=96, **steps)
-    run(f"{name}({CALIBRATED[name]})")
+    calibrate(name, model, texts=[random_text(96)[0]], count=1, length=96, **FITS.get(name, {}))
+    run(CALIBRATED[name])
+
+
+@pytest.mark.slow
+def test_a_thousand_tokens_of_heads_that_keep_everything(tmp_path, monkeypatch):
+    """One of two heads grows with the text, the other by a 40th of it, with the mean of what it dropped."""
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
+    heads = {"induction": torch.tensor([[0.9, 0.1]]), "echo": torch.zeros(1, 2)}
+    Artifact("razor_attention", fingerprint(model), heads, {}).save()
+    cache = KVCache(model, "razor_attention(window=20, compression=40)")
+    answer(model, cache)
+    rows = kept_positions(cache, 0)
+    assert rows[0] == list(range(1200)) and rows[1][:4] == [0, 1, 2, 3] and 24 <= len(rows[1]) <= 4 + 1200 // 40
+    assert rows[1][4:] == list(range(1200 - len(rows[1]) + 4, 1200))
+
+
+@pytest.mark.slow
+def test_a_thousand_tokens_that_revise_earlier_ones():
+    model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
+    cache = KVCache(model, "retro_attention(window=2, share=0.15, dense=0)")
+    with revising(model, cache):
+        answer(model, cache)
+    assert kept_positions(cache, 0) == [list(range(1200))] * 2, "nothing is evicted"
+    assert cache.layers[0].store.statistics[OUTPUTS].shape[-2] == 1, "the stored answers are those of the window"
 
 
 def run(policy):
     layers = 2 if "group" in policy else 1
     model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=layers)
     cache = KVCache(model, policy, BUDGET)
-    token = cache.prefill(model, random_text(PROMPT)).argmax(-1)
-    most = []
-    with torch.inference_mode():
-        for step in range(TOKENS):
-            token = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
-            if step % 50 == 49:
-                cache.check_integrity()
-                most.append(cache.nbytes)
-    assert cache.seen == [PROMPT + TOKENS] and cache.enforcer.evictions > layers * TOKENS / 32
+    most = answer(model, cache)
+    assert cache.enforcer.evictions > layers * TOKENS / 32
     assert max(most[10:]) <= max(most[:10]), "the size stays what it has been"
     entries = cache.report().kept_entries
     assert entries <= BUDGET * 2 * layers
@@ -72,3 +99,17 @@ def run(policy):
             assert row == sorted(set(row)) and row[len(row) - recent :] == list(range(1200 - recent, 1200))
             prompt = sum(position < PROMPT for position in row)
             assert cache.parts.stages is None or prompt >= len(row) // 2 - 16, "the prompt's pool is untouched"
+
+
+def answer(model, cache):
+    """Greedy decoding; bytes that the cache holds after every 50th token."""
+    token = cache.prefill(model, random_text(PROMPT)).argmax(-1)
+    held = []
+    with torch.inference_mode():
+        for step in range(TOKENS):
+            token = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
+            if step % 50 == 49:
+                cache.check_integrity()
+                held.append(cache.nbytes)
+    assert cache.seen == [PROMPT + TOKENS]
+    return held

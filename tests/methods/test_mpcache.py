@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
-from kvbudget.methods.mpcache import Clusters
+from kvbudget.policy.selectors.levels import Clusters
 from kvbudget.segments.selective import Reading
 from tiny import random_text, tiny_model
 

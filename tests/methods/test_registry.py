@@ -86,7 +86,7 @@ def check(cache: KVCache, known: Sequence[Tensor]) -> None:
         assert sum(held) <= entries[b] * heads * len(held)
         for layer, store in enumerate(cache.enforcer.layers):
             for row in kept_positions(cache, layer, b):
-                assert row == sorted(set(row)) and row[-1] < seen
+                assert row == sorted(set(row)) and all(position < seen for position in row)
                 assert row[: protect.sinks] == list(range(min(protect.sinks, seen)))
                 recent = min(protect.window(entries[b]), seen)
                 assert row[len(row) - recent :] == list(range(seen - recent, seen)), store.layer_idx
@@ -168,3 +168,19 @@ def test_tiny_budgets_are_kept_or_refused(name):
             continue
         kept.append(budget)
     assert "100B" not in kept and 48 in kept
+
+
+@pytest.mark.parametrize("name", [name for name in EVICTING if parse(SMALL.get(name, name)).prefix_reusable])
+def test_questions_on_forks_of_one_context_are_answered_as_on_caches_of_their_own(name):
+    model, context = tiny_model("llama"), random_text(90)
+    base = new_cache(model, name, 48)
+    feed(model, base, context, [90])
+    forks = [base.fork() for _ in range(3)]
+    for seed, fork in enumerate(forks):
+        question, alone = random_text(6, seed=seed), new_cache(model, name, 48)
+        expected = feed(model, alone, torch.cat([context, question], dim=1), [90, 4, 1, 1])[:, 90:]
+        torch.testing.assert_close(feed(model, fork, question, [4, 1, 1]), expected, atol=1e-4, rtol=0)
+        assert [kept_positions(fork, layer) for layer in range(2)] == [
+            kept_positions(alone, layer) for layer in range(2)
+        ]
+    assert base.seen == [90]

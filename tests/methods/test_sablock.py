@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
-from kvbudget.methods.sablock import SemanticBlocks
 from kvbudget.policy.marks import DELIMITER
+from kvbudget.policy.refinements.blocks import SemanticBlocks
 from kvbudget.policy.view import View
 from tiny import random_text, tiny_model
 

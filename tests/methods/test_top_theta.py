@@ -10,9 +10,9 @@ from torch import Tensor
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.errors import PolicyError
-from kvbudget.methods.top_theta import Thresholds
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.selectors.thresholds import Thresholds
 from kvbudget.segments.selective import Reading
 from tiny import random_text, tiny_model
 

@@ -70,3 +70,9 @@ def test_the_newest_entries_are_those_of_the_highest_positions() -> None:
     assert newest(positions, torch.tensor([[2, 1]])).tolist() == [
         [[False, True, True, False], [False, False, False, True]]
     ]
+
+
+def test_a_window_that_shrinks_leaves_room_for_sinks_and_marked_spans():
+    protect = Protect(sinks=4, recent=8, most=0.5)
+    assert [protect.window(mean) for mean in (5.0, 6.9, 12.0, 100.0)] == [1, 2, 6, 8]
+    assert protect.window(20.0, marked=14) == 2 and Protect(recent=8).window(5.0) == 8

@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.calibrate.base import watch
-from kvbudget.calibrate.gates import GateCalibration, Lesson
+from kvbudget.calibrate.gates import GateCalibration, Lesson, features
 from kvbudget.layer import AttentionCall
-from kvbudget.models import rotations_of
 from kvbudget.policy.gates import Gate, WriteGate
 
 
@@ -43,14 +42,7 @@ class Admission(GateCalibration):
         calls: dict[int, AttentionCall] = {}
         watch(model, ids, lambda index, call, lse: calls.update({index: call}))
         length = ids.shape[1]
-        rotations, steps = rotations_of(model), torch.arange(length, device=ids.device)
-        with torch.no_grad():
-            found = []
-            for index, call in calls.items():
-                rotation = rotations[index]
-                assert rotation is not None
-                found.append(WriteGate().features(call.query, call.key, call.value, steps[None], rotation)[0].clone())
-        x = torch.stack(found)
+        x, steps = features(self.gate(), model, calls), torch.arange(length, device=ids.device)
         share = (self.window / (length - steps)).clamp_max(1.0)[:, None]
 
         def error(weights: dict[str, Tensor], generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Gates fitted to what a model attends to when it repeats or continues texts, by forward passes alone."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,17 +82,22 @@ def examples(calibration: Taught, model: PreTrainedModel, ids: Tensor) -> tuple[
     """Features ``[l, n, F]`` and targets ``[l, n, Hkv]`` of one text ``ids [1, T]``, and which layers of the model they are."""
     calls: dict[int, tuple[AttentionCall, Tensor]] = {}
     watch(model, ids, lambda index, call, lse: calls.update({index: (call, lse)}))
-    rotations, steps = rotations_of(model), torch.arange(ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
         y = calibration.targets(model, ids, calls).float().cpu()
-        found = []
-        for index, (call, _) in calls.items():
+    x = features(calibration.gate(), model, {index: call for index, (call, _) in calls.items()})
+    return x[:, : y.shape[1]].float().cpu().clone(), y.clone(), torch.tensor(list(calls))
+
+
+def features(gate: Gate, model: PreTrainedModel, calls: Mapping[int, AttentionCall]) -> Tensor:
+    """What a gate reads of a text's tokens in each layer of ``calls``: ``[l, T, ...]``, free of gradients."""
+    rotations, found = rotations_of(model), []
+    with torch.no_grad():
+        for index, call in calls.items():
             rotation = rotations[index]
             assert rotation is not None
-            features = calibration.gate().features(call.query, call.key, call.value, steps, rotation)
-            found.append(features[0, : y.shape[1]])
-        x = torch.stack(found).float().cpu()
-    return x.clone(), y.clone(), torch.tensor(list(calls))
+            steps = torch.arange(call.query.shape[2], device=call.query.device)[None]
+            found.append(gate.features(call.query, call.key, call.value, steps, rotation)[0].clone())
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)

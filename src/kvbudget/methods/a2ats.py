@@ -1,62 +1,14 @@
 """A2ATS: codes of keys that know no position say which entries a query reads."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvbudget.codecs.codebook import nearest
 from kvbudget.errors import PolicyError
-from kvbudget.models import Rotation
 from kvbudget.policy.artifact import Artifact
-from kvbudget.policy.base import Recipe, Selector
-from kvbudget.policy.selection import rank
-from kvbudget.segments.selective import Chosen, Reading
-
-
-@dataclass(frozen=True)
-class Retrieved(Selector):
-    """Reads the ``window`` newest entries, the first ``sinks`` positions, and the best ``share`` of all by their codes.
-
-    A key before RoPE is the nearest word ``w`` of its head by ``|(k - w) L|`` with the factor ``L L^T`` of the queries'
-    second moment; its score is the product of w with the query turned to position ``base``, whatever the distance (windowed
-    RoPE). Query heads of a group read what any of them wants, exactly.
-    """
-
-    prefill: ClassVar[bool] = False
-
-    share: float = 0.03
-    window: int = 64
-    sinks: int = 8
-    found: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def select(self, reading: Reading) -> Chosen:
-        assert reading.steps is not None and reading.positions is not None
-        steps, positions, device = reading.steps, reading.positions, reading.keys.device
-        inside = reading.visible & (positions[:, :, None] > (steps - self.window)[:, None, :, None])
-        inside |= reading.visible & (positions < self.sinks)[:, :, None]
-        far = reading.visible & ~inside
-        scores = self.scores(reading).masked_fill(~far[:, :, None], float("-inf"))
-        count = (self.share * reading.visible.sum(-1)).ceil()[:, :, None, :, None].to(device)
-        read = ((rank(scores) < count) & far[:, :, None]).any(2) | inside
-        logits = reading.logits.masked_fill(~read[:, :, None], float("-inf"))
-        return Chosen(logits.softmax(-1).nan_to_num(0.0))
-
-    def scores(self, reading: Reading) -> Tensor:
-        """Approximate logits by the codes of the keys ``[B, Hkv, G, n, T]``, up to a factor."""
-        assert reading.steps is not None and reading.positions is not None
-        words, factor = (self.found[name][reading.layer_idx].to(reading.keys) for name in ("words", "factor"))
-        rotation = Rotation(
-            self.found["inv_freq"][reading.layer_idx],
-            "interleaved" if bool(self.found["interleaved"]) else "half",
-            float(self.found["scaling"]),
-        )
-        keys = rotation.strip(reading.keys, reading.positions)
-        codes = torch.stack([nearest(sequence @ factor, words @ factor) for sequence in keys])
-        query = rotation.rotate(reading.query, int(self.found["base"]) - reading.steps[:, None, None])
-        table = torch.einsum("bhgnd,hwd->bhgnw", query, words)
-        return table.gather(-1, codes[:, :, None, None].expand(*table.shape[:4], -1))
+from kvbudget.policy.base import Recipe
+from kvbudget.policy.selectors.codes import Retrieved
 
 
 @dataclass(frozen=True)

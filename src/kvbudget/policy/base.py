@@ -102,9 +102,11 @@ class Protect(Part):
         """The last positions that no budget shrinks."""
         return self.recent if self.most >= 1 else 0
 
-    def window(self, mean: float) -> int:
-        """The last positions that are kept when a head keeps ``mean`` entries."""
-        return self.recent if self.most >= 1 else int(min(self.recent, max(1.0, self.most * mean)))
+    def window(self, mean: float, marked: int = 0) -> int:
+        """The last positions that are kept when a head keeps ``mean`` entries, ``marked`` of them by the user's spans."""
+        if self.most >= 1:
+            return self.recent
+        return int(min(self.recent, max(1.0, min(self.most * mean, mean - self.sinks - marked))))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def protected_entries(
     mask = torch.zeros_like(positions, dtype=torch.bool)
     if protect.recent:
         means = means or [float("inf")] * len(seen)
-        first = [max(0, length - protect.window(mean)) for length, mean in zip(seen, means, strict=True)]
+        marked = sum(end - start for start, end in spans)
+        first = [max(0, length - protect.window(mean, marked)) for length, mean in zip(seen, means, strict=True)]
         even = len(set(first)) == 1
         mask |= positions >= (first[0] if even else torch.tensor(first, device=positions.device)[:, None, None])
     for start, end in [(0, protect.sinks), *spans] if protect.sinks else spans:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
+from kvbudget.driver import revising
 from kvbudget.eval.chorus import Chorus
 from kvbudget.eval.fidelity import compare_logits
+from kvbudget.policy.base import LookingBack
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,13 @@ def read(model: PreTrainedModel, cache: KVCache, probe: Probe) -> Reading:
     """Asks one probe of a filled cache, which is left as it was: question and answer go through a fork in one forward.
 
     Greedy decoding would produce the answer exactly if every token of it is the most likely one given those before, so
-    no generation is needed. Policies whose queries read less in decoding alone get the answer token by token.
+    no generation is needed. Policies whose queries read less in decoding alone get the answer token by token, those that
+    revise earlier tokens under their driver.
     """
-    return Reading(_answered(model, cache.fork(), 1, probe, _selects_in_decoding(cache))[0], _targets(model, probe))
+    fork = cache.fork()
+    with revising(model, fork):
+        logits = _answered(model, fork, 1, probe, _selects_in_decoding(cache))
+    return Reading(logits[0], _targets(model, probe))
 
 
 def _answered(model: PreTrainedModel, cache: Cache, count: int, probe: Probe, by_token: bool) -> Tensor:
@@ -154,15 +160,16 @@ def _targets(model: PreTrainedModel, probe: Probe) -> Tensor:
 
 def _selects_in_decoding(cache: KVCache) -> bool:
     selector = cache.parts.selector
-    return selector is not None and not getattr(selector, "prefill", True)
+    return isinstance(selector, LookingBack) or (selector is not None and not selector.prefill)
 
 
 @torch.inference_mode()
 def read_together(model: PreTrainedModel, caches: Sequence[KVCache], probe: Probe) -> list[Reading]:
     """As `read` from each of several caches of the same context; those that read alike share their forwards."""
-    readings: dict[int, Reading] = {}
+    driven = [i for i, cache in enumerate(caches) if isinstance(cache.parts.selector, LookingBack)]
+    readings = {i: read(model, caches[i], probe) for i in driven}
     for by_token in (False, True):
-        alike = [i for i, cache in enumerate(caches) if _selects_in_decoding(cache) is by_token]
+        alike = [i for i, c in enumerate(caches) if i not in driven and _selects_in_decoding(c) is by_token]
         if alike:
             logits = _answered(model, Chorus([caches[i] for i in alike]), len(alike), probe, by_token)
             readings |= {i: Reading(row, _targets(model, probe)) for i, row in zip(alike, logits, strict=True)}

@@ -1,0 +1,1 @@
+"""Selectors: what a query reads of the entries that are held, one file per idea."""
