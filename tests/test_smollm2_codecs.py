@@ -72,7 +72,7 @@ LOW_RANK = "gear(bits=2, sparsity=0)"
         ("kivi(residual=32)", KIVI_2, 0.2),
         (LOW_RANK, "gear(bits=2, sparsity=0, rank=0)", 0.9),
         ("gear(bits=2)", LOW_RANK, 0.9),
-        ("nsnquant(bits=2)", KIVI_2, 0.8),
+        ("nsnquant(bits=2)", KIVI_2, 1.0),
     ],
     ids=["KIVI", "low rank", "outliers", "NSNQuant"],
 )
