@@ -1,6 +1,7 @@
 """The evaluation runner: cells, resumption after a kill, failures, determinism and the report."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -215,6 +216,14 @@ def test_the_command_line_measures_reports_and_names_what_shows_nothing(folder, 
     auto = invoke("report", str(results), "--auto", str(tmp_path / "auto.json"))
     assert auto.exit_code == 2 and "--task needle@visible" in " ".join(auto.stderr.split())
     assert not (tmp_path / "auto.json").exists()
+
+
+def test_a_report_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for arguments in (("bench", "--results", str(tmp_path / "r.jsonl")), ("report", str(tmp_path / "r.jsonl"))):
+        found = invoke(*arguments)
+        assert found.exit_code == 2 and "kvbudget[eval]" in " ".join(found.stderr.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_tasks_that_the_full_cache_cannot_do_are_not_informative():

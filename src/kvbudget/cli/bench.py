@@ -52,6 +52,8 @@ def bench(
     from kvbudget.eval.results import ResultsFile
     from kvbudget.eval.runner import Bench
 
+    if report:
+        _check_figures()
     cells = (
         Matrix.from_yaml(matrix)
         if matrix is not None
@@ -108,7 +110,18 @@ def report(
         write_ranking(gather(results), auto)
 
 
+def _check_figures() -> None:
+    """Says before any work what the figures of a report need."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise KVBudgetError(
+            "a report's figures need matplotlib; install it with pip install 'kvbudget[eval]' (or bench with --no-report)"
+        ) from error
+
+
 def _write(results: list[Path], folder: Path, markdown: Path | None) -> None:
+    _check_figures()
     from kvbudget.eval.page import write_report
     from kvbudget.eval.results import gather
 
