@@ -1,6 +1,8 @@
 """Scores against kvpress's own, on the same weights and text, where KVBUDGET_KVPRESS_PYTHON names a Python that has it.
 
-Its RandomPress is left out: what it draws comes from another generator than ours, so that nothing can be equal.
+Two are left out. RandomPress draws from another generator than ours, so that nothing can be equal. CAMPress follows its paper
+while decoding only: keys stay, and of each evicted value a part is added to the values of the next kept entries; `cam` says
+why it merges otherwise.
 """
 
 import json
