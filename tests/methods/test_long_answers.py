@@ -3,6 +3,7 @@
 import pytest
 import torch
 from brute import kept_positions
+from test_calibrated import calibrated
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
@@ -10,7 +11,6 @@ from kvbudget.driver import revising
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.segments.retrospective import OUTPUTS
-from test_calibrated import calibrated
 from tiny import random_text, tiny_model
 
 PROMPT, TOKENS, BUDGET = 200, 1000, 96
