@@ -154,6 +154,14 @@ def test_entries_below_the_threshold_leave_behind_the_window(name, files):
                 assert row[-16:] == list(range(104, 120))
                 assert bool((score[0, h, : len(row) - 16] >= least).all())
     assert kept == sorted(kept) and kept[0] < kept[-1] == 120 * 4
+    cache = KVCache(
+        model, f"{name}({'depth=1' if name == 'kvzap' else 'admit=0.5'}, window=16, file={str(files[name])!r})"
+    )
+    cache.prefill(model, ids)
+    admitted = [set(row[:-16]) for layer in range(2) for row in kept_positions(cache, layer)]
+    model.generate(torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=40, do_sample=False)
+    later = [set(row) for layer in range(2) for row in kept_positions(cache, layer)]
+    assert all(before <= after for before, after in zip(admitted, later, strict=True)), "what was admitted stays"
 
 
 def test_a_budget_raises_the_threshold_of_all_layers_and_heads_alike(files):
