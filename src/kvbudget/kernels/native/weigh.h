@@ -27,6 +27,7 @@ void weigh_rows(const Rows& rows, int n, const Weights& w, const int* group_of, 
       for (int m = 0; m < MT; ++m)
         for (int i = 0; i < V; ++i) x[m][i] = load(to + m * acc_stride + i * W);
       const uint8_t* row = rows.base + c * C::chunk;
+#pragma GCC unroll 2
       for (int t = 0; t < n; ++t, row += rows.step) {
         if (s == 0)
           for (int i = 0; i < C::chunk; i += 64) __builtin_prefetch(row + rows.ahead + i, 0, 2);
