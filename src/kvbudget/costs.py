@@ -37,8 +37,8 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     widths = (shape.key_head_dim, shape.value_head_dim)
     states = len(parts.scorer.states) if parts.scorer is not None else 0
     states += len(parts.destination.columns) if parts.destination is not None else 0
+    states += len(parts.selector.states) if parts.selector is not None else 0
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
-    states += len(looks_back.states) if looks_back is not None else 0
     per_entry = 4.0 * (1 + states)
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
