@@ -48,10 +48,12 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     elif parts.codec is None:
         per_entry += item * sum(widths)
     else:
+        apart = parts.protect.sinks if parts.position_mode == "cache" else 0  # with a tail and states of their own
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
-            tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
-            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
+            tail = codec.longest_tail + codec.sinks + apart + (codec.unit if codec.unit > 1 else 0)
+            states = codec.state_bytes(width) * (2 if apart else 1)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + states
     if isinstance(parts.projection, HeadClusters):
         # Here too: a layer whose entries cost more than the mean may be the one that holds one more of them.
         spared = item * shape.key_head_dim * (1 - parts.projection.key_share(geometry))
