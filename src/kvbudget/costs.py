@@ -52,8 +52,8 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + codec.sinks + apart + (codec.unit if codec.unit > 1 else 0)
-            states = codec.state_bytes(width) * (2 if apart else 1)
-            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + states
+            once = codec.state_bytes(width) * (2 if apart else 1)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + once
     if isinstance(parts.projection, HeadClusters):
         # Here too: a layer whose entries cost more than the mean may be the one that holds one more of them.
         spared = item * shape.key_head_dim * (1 - parts.projection.key_share(geometry))
