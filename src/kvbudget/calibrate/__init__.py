@@ -44,9 +44,9 @@ def build(method: str, **parameters: Any) -> Calibration | TextCalibration:
         PolicyError: unknown method or parameter, with the nearest match.
     """
     if method not in registry():
-        known = ", ".join(sorted(registry()))
+        fitted = ", ".join(sorted(registry()))
         if method in methods() and "calibration" not in methods()[method].needs:
-            raise PolicyError(f"{method} needs no calibration; these have one: {known}")
+            raise PolicyError(f"{method} needs no calibration; these have one: {fitted}")
         raise PolicyError(f"there is no calibration for {method!r}{nearest(method, registry())}")
     kind = registry()[method]
     known = [field.name for field in fields(kind)]

@@ -69,8 +69,17 @@ def quality_against_bytes(cells: Cells, name: str) -> Figure:
         below = [max(0.0, m - v) for m, v in zip(mean, low, strict=True)]
         above = [max(0.0, v - m) for m, v in zip(mean, high, strict=True)]
         place = number - len(others)
-        look = {"marker": MARKERS[place // 10 % len(MARKERS)], "color": f"C{place % 10}", "label": _shortened(policy)}
-        axes.errorbar(x, mean, yerr=[below, above], markersize=5, capsize=2, linewidth=1.2, **look)
+        axes.errorbar(
+            x,
+            mean,
+            yerr=[below, above],
+            marker=MARKERS[place // 10 % len(MARKERS)],
+            color=f"C{place % 10}",
+            label=_shortened(policy),
+            markersize=5,
+            capsize=2,
+            linewidth=1.2,
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     direction = "higher" if higher else "lower"
