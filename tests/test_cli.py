@@ -313,6 +313,7 @@ def test_long_prompts_are_refused_unless_allowed(model_folder, tmp_path):
         (("--policy", "snapkv"), "needs a budget"),
         (("--policy", "kivi", "--budget", "64"), "add an evicting method"),
         (("--policy", "kvzip", "--budget", "64KiB"), "whole prompt"),
+        (("--policy", "kvsharer"), "needs a calibration for this model; run: kvbudget calibrate kvsharer --model /"),
         (("--prompt", "both"), "either --prompt TEXT or --prompt-file FILE"),
         (("--protect", "5-9"), "neither a role"),
         (("--protect", "9:5", "--policy", "snapkv", "--budget", "64"), "start < end"),

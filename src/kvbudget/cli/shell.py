@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -28,7 +30,7 @@ class Commands(TyperGroup):
         try:
             sys.exit(super().main(args, *positional, **options) or 0)
         except KVBudgetError as error:
-            _fail(str(error))
+            _fail(_with_model(str(error), sys.argv[1:] if args is None else args))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
@@ -71,6 +73,13 @@ def notice(text: str) -> None:
 def print_json(data: Any) -> None:
     """The only thing on stdout under --json."""
     print(json.dumps(data, indent=2))
+
+
+def _with_model(message: str, arguments: Sequence[str]) -> str:
+    """The commands that a message advises, for the model that these arguments name (none: the default of all commands)."""
+    named = [value for option, value in pairwise(arguments) if option in ("--model", "-m")]
+    named += [argument.removeprefix("--model=") for argument in arguments if argument.startswith("--model=")]
+    return message.replace(" --model <the model>", f" --model {shlex.quote(named[-1])}" if named else "")
 
 
 def _fail(message: str) -> NoReturn:
