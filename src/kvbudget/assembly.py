@@ -126,7 +126,7 @@ def budgeted_layer(
     scorer_states = () if parts.scorer is None else parts.scorer.states
     extra = () if parts.destination is None else parts.destination.columns
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
-    read_states = () if looks_back is None else looks_back.states
+    read_states = () if parts.selector is None else parts.selector.states
     rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
     rotation = rotation_of(model, index) if rotates else None
     before_rope = parts.codec is not None and parts.codec[0].before_rope

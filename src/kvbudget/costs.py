@@ -37,8 +37,8 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     widths = (shape.key_head_dim, shape.value_head_dim)
     states = len(parts.scorer.states) if parts.scorer is not None else 0
     states += len(parts.destination.columns) if parts.destination is not None else 0
+    states += len(parts.selector.states) if parts.selector is not None else 0
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
-    states += len(looks_back.states) if looks_back is not None else 0
     per_entry = 4.0 * (1 + states)
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
@@ -48,10 +48,12 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     elif parts.codec is None:
         per_entry += item * sum(widths)
     else:
+        apart = parts.protect.sinks if parts.position_mode == "cache" else 0  # with a tail and states of their own
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
-            tail = codec.longest_tail + codec.sinks + (codec.unit if codec.unit > 1 else 0)
-            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + codec.state_bytes(width)
+            tail = codec.longest_tail + codec.sinks + apart + (codec.unit if codec.unit > 1 else 0)
+            once = codec.state_bytes(width) * (2 if apart else 1)
+            fixed += tail * item * width + codec.unit * codec.bytes_per_entry(width) + once
     if isinstance(parts.projection, HeadClusters):
         # Here too: a layer whose entries cost more than the mean may be the one that holds one more of them.
         spared = item * shape.key_head_dim * (1 - parts.projection.key_share(geometry))

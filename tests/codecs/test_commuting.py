@@ -8,7 +8,7 @@ from kvbudget.calibrate import calibrate
 from kvbudget.calibrate.commuting import pair_order
 from kvbudget.codecs import commuting
 from kvbudget.codecs.base import Place
-from kvbudget.codecs.commuting import Commuting, assign, centers, fitted
+from kvbudget.codecs.commuting import Commuting, assign, centers, fitted, laid_out
 from kvbudget.errors import PolicyError
 from kvbudget.kernels.codebook import paired, unpaired
 from kvbudget.models import fingerprint, rotation_of
@@ -74,10 +74,9 @@ def test_every_stage_helps_and_codes_have_their_size():
     mix = torch.randn(16, 16, generator=generator)
     x, other = (torch.randn(n, 16, generator=generator) @ mix for n in (600, 300))
     tables = fitted(torch.nn.functional.normalize(x, dim=-1), 3, steps=4)[None, None]
-    errors = []
+    order, errors = torch.arange(16), []
     for stages in (1, 2, 3):
-        codec = Commuting(stages=stages, tables=tables, order=torch.randperm(16, generator=generator)).at(0)
-        codec = Commuting(stages=stages, tables=codec.tables, order=torch.arange(16))
+        codec = Commuting(stages=stages, vectors=laid_out(tables, order), order=order).at(0)
         columns = codec.encode(other)
         assert sum(c.numel() * c.itemsize for c in columns.values()) == 300 * codec.bytes_per_entry(16)
         errors.append(float((codec.decode(columns) - other).square().mean() / other.square().mean()))
@@ -95,12 +94,13 @@ def test_twelve_bits_come_back(count):
 
 def test_heads_have_tables_of_their_own():
     tables = torch.randn(2, 4, 64, 8)
-    codec, x = Commuting(stages=2, tables=tables, order=torch.randperm(8)), torch.randn(10, 8)
+    order = torch.randperm(8)
+    codec, x = Commuting(stages=2, vectors=laid_out(tables, order), order=order), torch.randn(10, 8)
     place = Place(torch.arange(10) % 4)
     mixed = codec.decode(codec.encode(x, place), place)
     for head in range(2):
         own = torch.arange(10) % 2 == head
-        alone = Commuting(stages=2, tables=tables[head : head + 1], order=codec.order)
+        alone = Commuting(stages=2, vectors=laid_out(tables[head : head + 1], order), order=order)
         torch.testing.assert_close(mixed[own], alone.decode(alone.encode(x[own])), atol=1e-6, rtol=1e-6)
 
 

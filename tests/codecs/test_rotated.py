@@ -66,11 +66,12 @@ def test_clipped_ranges_suit_two_bits_of_normal_data():
     assert error[0] < 0.9 * error[1]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_rotated_codes_are_attended_to_without_being_decoded(bits):
+@pytest.mark.parametrize(("bits", "sketched"), [(1, False), (2, False), (4, False), (8, False), (2, True)])
+def test_rotated_codes_are_attended_to_without_being_decoded(bits, sketched):
     """Queries turned once and answers turned back are those over decoded entries, by both kernels."""
     x = torch.randn(2 * 70, 64, generator=torch.Generator().manual_seed(bits))
     codec = Rotated(base=NormalCodes(bits=bits), kind="random")
+    codec = SignSketch(base=codec) if sketched else codec
     columns, query = codec.encode(x), torch.randn(2, 3, 64)
     operand = codec.operand(columns, [0, 70], [0, 5])
     assert operand is not None and operand.basis is not None

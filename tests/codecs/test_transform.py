@@ -72,6 +72,18 @@ def test_rates_and_losses_are_those_of_other_rows_of_the_kind():
     assert errors == sorted(errors, reverse=True)
 
 
+def test_layers_transformed_together_lose_less_than_each_by_itself_at_the_same_rate():
+    shared, rows = correlated(4000), correlated(2000, seed=1)
+
+    def lost(columns: slice, bits: float) -> float:
+        fitted = Transform.fit(shared[:, columns], columns.stop - columns.start)
+        plan = fitted.plan(bits)
+        back = fitted.restore(fitted.quantize(rows[:, columns], plan), plan, len(rows))
+        return float((back - rows[:, columns]).square().sum(1).mean())
+
+    assert lost(slice(0, 24), 40.0) < 0.9 * sum(lost(half, 20.0) for half in (slice(0, 12), slice(12, 24)))
+
+
 def test_all_components_at_fine_steps_are_nearly_exact():
     fitted, rows = Transform.fit(correlated(), 24), correlated(50, seed=2)
     plan = [len(STEPS) - 1] * len(fitted.sizes)

@@ -106,7 +106,7 @@ def calibrated(codec: Codec) -> Codec:
         "spread": torch.full((1, D), 3.0),
         "words": torch.randn(1, 16, 256, 8),
         "atoms": torch.eye(D),
-        "tables": torch.randn(1, 11, 64, D),
+        "vectors": torch.randn(1, 22, 1, 64, D),
         "order": torch.arange(D),
     }
     return replace(codec, **{name: x for name, x in found.items() if name in {field.name for field in fields(codec)}})

@@ -25,6 +25,7 @@ from kvbudget.kernels import (
     reference,
 )
 from kvbudget.kernels.codebook import paired
+from kvbudget.kernels.trits import TritOperand
 
 native = pytest.importorskip("kvbudget.kernels.native", reason="the native extension was not built")
 
@@ -72,6 +73,13 @@ def channel_codes(
     codes = torch.randint(0, 256, (total, group, packed_width(width, bits)), generator=generator).to(torch.uint8)
     scale, zero = meta(generator, (total, width), bits, dtype)
     return ChannelQuantOperand(codes, scale, zero, bits, group, starts, skip)
+
+
+def trits(generator: torch.Generator, lengths: list[int], width: int, unit: int, dtype: torch.dtype) -> TritOperand:
+    skip = torch.randint(0, 2 * unit, (len(lengths),), generator=generator).tolist()
+    starts, total = scattered([length + s for length, s in zip(lengths, skip, strict=True)], unit)
+    codes = torch.randint(0, 243, (total, -(-unit * width // 5)), generator=generator).to(torch.uint8)
+    return TritOperand(codes, torch.rand(total, width, generator=generator).to(dtype), unit, starts, skip)
 
 
 def codebook_codes(
@@ -189,7 +197,7 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
         chosen = [torch.randperm(n, generator=generator)[:k] for n, k in zip(longer, lengths, strict=True)]
         starts = [sum(lengths[:row]) for row in range(len(lengths))]
         return GatheredOperand(base, torch.cat(chosen), starts)
-    kind = draw(st.sampled_from(["plain", "plain", "scalar", "atoms"]))
+    kind = draw(st.sampled_from(["plain", "plain", "scalar", "atoms", "trits"]))
     if kind == "scalar":
         base: Operand = scalar_codes(draw, generator, lengths, width, draw(st.sampled_from(DTYPES)))
     elif kind == "atoms":
@@ -198,6 +206,8 @@ def operand(draw: st.DrawFn, generator: torch.Generator, lengths: list[int], wid
         scale = torch.rand(total, 1, generator=generator).to(draw(st.sampled_from(DTYPES)))
         atoms = torch.randn(40, width, generator=generator) / 128
         base = AtomOperand((codes - 128).to(torch.int8), index.to(torch.int16), scale, atoms, starts)
+    elif kind == "trits":
+        base = trits(generator, lengths, width, draw(st.sampled_from([5, 32])), draw(st.sampled_from(DTYPES)))
     else:
         base = plain_operand(draw, generator, lengths, width)
     if draw(st.integers(0, 3)) == 0:

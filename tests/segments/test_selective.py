@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from kvbudget.policy.base import Selector
 from kvbudget.segments.selective import Chosen, Reading
 from tiny import in_chunks, left_padded, own_model, random_text, served_model
 
 
-class Everything:
+class Everything(Selector):
     """Full attention, and a note of the shapes seen."""
-
-    prefill = True
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []

@@ -11,13 +11,12 @@ from kvbudget.cache import KVCache
 from kvbudget.calibrate.base import TextCalibration
 from kvbudget.errors import PolicyError
 from kvbudget.models import CacheGeometry
+from kvbudget.policy.base import Selector
 from kvbudget.segments.selective import Chosen, Reading
 
 
-class TopK:
+class TopK(Selector):
     """Reads the true ``k`` largest of each row, and adds the k-th to sums by the nearest of ``lengths [N]``."""
-
-    prefill = True
 
     def __init__(self, k: int, first: int, on_logits: bool, lengths: Tensor, sums: Tensor) -> None:
         self.k, self.first, self.on_logits, self.lengths, self.sums = k, first, on_logits, lengths, sums

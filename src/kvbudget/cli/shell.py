@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from kvbudget.errors import KVBudgetError
@@ -33,6 +34,10 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{str(error.filename)!r} cannot be read or written: {error.strerror}; give another path")
         except Exception as error:
             # typer has had more than one base class for what is wrong with a command line; all of them have this method.
             message = getattr(error, "format_message", None)
@@ -51,6 +56,13 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Where progress and notices go, so that stdout can be piped."""
     return Console(stderr=True, highlight=False)
+
+
+def progress() -> Progress:
+    """A bar with what is done, of how much, and the time left, which leaves no trace; a pipe gets none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = stderr()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def notice(text: str) -> None:

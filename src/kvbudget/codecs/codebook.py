@@ -64,7 +64,7 @@ class Coupled(Codec):
     words: Tensor | None = field(default=None, repr=False, compare=False)
 
     def at(self, layer_idx: int) -> Coupled:
-        return self if self.words is None else replace(self, words=self.words[layer_idx].float())
+        return self if self.words is None else replace(self, words=self.words[layer_idx])
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
         words, heads = self._words(x.device), self._heads(place, len(x), x.device)

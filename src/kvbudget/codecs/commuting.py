@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -60,6 +59,18 @@ def centers(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return table[a] + turned(table[b])
 
 
+def laid_out(tables: Tensor, order: Tensor) -> Tensor:
+    """What the codes a and b of every stage stand for, channels in their own places.
+
+    ``tables [..., R, 64, D]`` in the ``order [D]`` of `Commuting` to ``[..., 2 R, 1, 64, D]`` float32.
+    """
+    *before, stages, _, width = tables.shape
+    found = torch.empty(*before, 2 * stages, WORDS, width)
+    found[..., 0::2, :, order.long()] = tables.float()
+    found[..., 1::2, :, order.long()] = turned(tables.float())
+    return found.unsqueeze(-3)
+
+
 def fitted(x: Tensor, stages: int, *, steps: int = 10, seed: int = 0) -> Tensor:
     """Tables ``[stages, 64, D]`` for vectors ``[N, D]`` by expectation maximization, each for what those before leave.
 
@@ -107,21 +118,21 @@ class Commuting(Codec):
     """The norm of an entry in half precision, and its direction as a sum of ``stages`` centers with 12-bit codes.
 
     A center is ``v_a + J v_b`` with two vectors of the stage's table and J the turn by 90 degrees of every pair that RoPE
-    turns. ``tables [L, H, stages, 64, D]`` over all layers of the model and KV heads; `at` takes a layer's. ``order [D]``
-    names the first elements of all pairs, then the second ones.
+    turns. ``vectors [L, H, 2 R, 1, 64, D]`` are those of all layers of the model and KV heads (`laid_out`), for R stages or
+    more; `at` takes a layer's. ``order [D]`` names the first elements of all pairs, then the second ones.
     """
 
     calibrated: ClassVar[str] = "commvq"
 
     stages: int = 11
-    tables: Tensor | None = field(default=None, repr=False, compare=False)
+    vectors: Tensor | None = field(default=None, repr=False, compare=False)
     order: Tensor | None = field(default=None, repr=False, compare=False)
 
     def at(self, layer_idx: int) -> Commuting:
-        return self if self.tables is None else replace(self, tables=self.tables[layer_idx].float())
+        return self if self.vectors is None else replace(self, vectors=self.vectors[layer_idx])
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
-        tables, order = self._tables(x.device)
+        vectors, order = self._vectors(x.device)
         norm = x.float().norm(dim=-1, keepdim=True).clamp_max(65504.0)
         left = (x.float() / norm.clamp_min(1e-20))[:, order]
         codes = torch.zeros(len(x), 2 * self.stages, dtype=torch.long, device=x.device)
@@ -129,7 +140,8 @@ class Commuting(Codec):
         for head in heads.unique().tolist():
             own = (heads == head).nonzero()[:, 0]
             rest = left[own]
-            for stage, table in enumerate(tables[head, : self.stages]):
+            for stage in range(self.stages):
+                table = vectors[head, 2 * stage, 0][:, order]
                 a, b = assign(rest, table)
                 codes[own, 2 * stage], codes[own, 2 * stage + 1] = a, b
                 rest = rest - centers(table, a, b)
@@ -137,7 +149,8 @@ class Commuting(Codec):
 
     def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
         heads = self._heads(place, len(columns["codes"]), columns["codes"].device)
-        out = columns["norm"].new_zeros(len(heads), self._words.shape[-1], dtype=torch.float32)
+        width = self._vectors(heads.device)[0].shape[-1]
+        out = columns["norm"].new_zeros(len(heads), width, dtype=torch.float32)
         for head in heads.unique().tolist():
             own = (heads == head).nonzero()[:, 0]
             out[own] = self.operand(columns, [0] * (head + 1), [0] * (head + 1)).chosen(head, own)
@@ -145,26 +158,17 @@ class Commuting(Codec):
 
     def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> CodebookOperand:
         codes = columns["codes"][:, None]
-        return CodebookOperand(codes, self._words.to(codes.device), starts, skip, columns["norm"], paired=True)
+        vectors, _ = self._vectors(codes.device)
+        return CodebookOperand(codes, vectors, starts, skip, columns["norm"], paired=True)
 
     def bytes_per_entry(self, width: int) -> float:
         return self.stages + (self.stages + 1) // 2 + 2
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        assert self.tables is not None and self.order is not None, "tables come from a calibration"
-        return self.tables.to(device), self.order.to(device).long()
-
-    @cached_property
-    def _words(self) -> Tensor:
-        """What the codes a and b of every stage stand for, channels in their own places: ``[H, 2 stages, 1, 64, D]``."""
-        assert self.tables is not None and self.order is not None, "tables come from a calibration"
-        tables, order = self.tables[:, : self.stages], self.order.long()
-        found = tables.new_empty(len(tables), 2 * self.stages, *tables.shape[2:])
-        found[:, 0::2, :, order] = tables
-        found[:, 1::2, :, order] = turned(tables)
-        return found[:, :, None]
+    def _vectors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        assert self.vectors is not None and self.order is not None, "tables come from a calibration"
+        return self.vectors[:, : 2 * self.stages].to(device), self.order.to(device).long()
 
     def _heads(self, place: Place | None, count: int, device: torch.device) -> Tensor:
         if place is None:
             return torch.zeros(count, dtype=torch.long, device=device)
-        return place.rows % self._tables(device)[0].shape[0]
+        return place.rows % len(self._vectors(device)[0])

@@ -62,7 +62,7 @@ class Sparse(Codec):
     atoms: Tensor | None = field(default=None, repr=False, compare=False)
 
     def at(self, layer_idx: int) -> Sparse:
-        return self if self.atoms is None else replace(self, atoms=self.atoms[layer_idx].float())
+        return self if self.atoms is None else replace(self, atoms=self.atoms[layer_idx])
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
         index, coefficients = pursue(x.float(), self._atoms(x.device), self.terms)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvbudget.codecs.base import Asked, Codec, Place, Stage
 from kvbudget.codecs.codebook import codewords, nearest
 from kvbudget.codecs.integer import divisor
+from kvbudget.kernels.apart import JoinedOperand
 from kvbudget.kernels.operands import Operand, pack, packed_width, unpack
 from kvbudget.kernels.scalar import ScalarOperand
 
@@ -166,6 +167,20 @@ class SignSketch(Stage):
         signs = unpack(columns["signs"], 1, width).float() * 2 - 1
         scale = columns["residual_norm"].float() * (math.sqrt(math.pi / 2) / width)
         return base + scale * (signs @ self._sketch(width, base.device))
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> Operand | None:
+        """The base's codes beside the signs, which ask for ``S q``."""
+        found = self.base.operand(columns, starts, skip)
+        if found is None or self.unit > 1:
+            return None
+        width, device = columns["signs"].shape[-1] * 8, columns["signs"].device
+        first = [start + s for start, s in zip(starts, skip, strict=True)]
+        table = torch.tensor([-1.0, 1.0], device=device) * (math.sqrt(math.pi / 2) / width)
+        signs = ScalarOperand(columns["signs"], 1, width, first, table, scale=columns["residual_norm"])
+        basis = torch.eye(width, device=device) if found.basis is None else found.basis
+        both = JoinedOperand([found, signs], [width, width])
+        both.basis, found.basis = torch.cat([basis, self._sketch(width, device).T], -1), None
+        return both
 
     def bytes_per_entry(self, width: int) -> float:
         return self.base.bytes_per_entry(width) + packed_width(width, 1) + 2

@@ -1,6 +1,6 @@
 """Between one and two bits: keys whose hard channels get more bits than the others, and values of three levels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kvbudget.codecs.base import Asked, Codec, Place
 from kvbudget.codecs.rotated import cosines
+from kvbudget.kernels.apart import JoinedOperand
 from kvbudget.kernels.encode import encode_units
-from kvbudget.kernels.operands import pack, packed_width, unpack
-
-POWERS = (1, 3, 9, 27, 81)
+from kvbudget.kernels.operands import ChannelQuantOperand, pack, packed_width, unpack
+from kvbudget.kernels.trits import TritOperand, pack_trits
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,20 @@ class MixedChannels(Codec):
         both = torch.cat([first, rest], dim=-1)
         return torch.zeros_like(both).scatter(-1, self._channels(place, both), both).flatten(0, 1)
 
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> JoinedOperand:
+        """Both kinds of channels are affine codes, in the basis of what is coded."""
+        magnitude = columns["magnitude"].float()
+        hard, easy = columns["scale"].shape[-1], magnitude.shape[-1]
+        signs = ChannelQuantOperand(columns["signs"], 2 * magnitude, -magnitude, 1, self.unit, starts, skip)
+        first = ChannelQuantOperand(columns["codes"], columns["scale"], columns["zero"], 2, self.unit, starts, skip)
+        channels = columns["channels"].long()
+        basis = torch.eye(hard + easy, device=channels.device)
+        basis[hard:, hard:] = cosines(easy).T
+        found = JoinedOperand([first, signs], [hard, easy])
+        found.basis = torch.zeros(len(channels), *basis.shape, device=channels.device)
+        found.basis.scatter_(1, channels[..., None].expand_as(found.basis), basis.expand_as(found.basis))
+        return found
+
     def state_bytes(self, width: int) -> float:
         return 2 * width
 
@@ -83,16 +97,13 @@ class Ternary(Codec):
         x = x.float().unflatten(0, (-1, self.unit))
         large = x.abs() > 0.5 * x.abs().mean(1, keepdim=True)
         magnitude = (x.abs() * large).sum(1) / large.sum(1).clamp_min(1)
-        trits = (x.sign() * large + 1).to(torch.uint8).flatten(1)
-        trits = torch.nn.functional.pad(trits, (0, -trits.shape[1] % 5)).unflatten(1, (-1, 5))
-        powers = torch.tensor(POWERS, dtype=torch.uint8, device=x.device)
-        return {"codes": (trits * powers).sum(-1, dtype=torch.uint8), "magnitude": magnitude.clamp_max(6e4).half()}
+        return {"codes": pack_trits((x.sign() * large).flatten(1)), "magnitude": magnitude.clamp_max(6e4).half()}
 
     def decode(self, columns: Mapping[str, Tensor], place: Place | None = None) -> Tensor:
-        magnitude = columns["magnitude"].float()
-        powers = torch.tensor(POWERS, dtype=torch.uint8, device=magnitude.device)
-        trits = (columns["codes"][..., None] // powers % 3).flatten(1)[:, : self.unit * magnitude.shape[-1]]
-        return ((trits.float() - 1).unflatten(1, (self.unit, -1)) * magnitude[:, None]).flatten(0, 1)
+        return self.operand(columns, [0], [0]).block(0, 0, self.unit * len(columns["codes"]))
+
+    def operand(self, columns: Mapping[str, Tensor], starts: Sequence[int], skip: Sequence[int]) -> TritOperand:
+        return TritOperand(columns["codes"], columns["magnitude"], self.unit, starts, skip)
 
     def bytes_per_entry(self, width: int) -> float:
         return (-(-self.unit * width // 5) + 2 * width) / self.unit

@@ -27,8 +27,28 @@ class SummedOperand(Operand):
     most = 512
 
     def block(self, row: int, begin: int, end: int) -> Tensor:
-        first, *others = (part.block(row, begin, end).float() for part in self.parts)
-        return sum(others, first)
+        return self.together([part.block(row, begin, end).float() for part in self.parts])
+
+    def queries(self, query: Tensor) -> Sequence[Tensor]:
+        """What each of the parts is asked for a query ``[R, M, D]``."""
+        return [query] * len(self.parts)
+
+    def together(self, answers: list[Tensor]) -> Tensor:
+        """Entries or answers of the parts as those of the whole."""
+        return torch.stack(answers).sum(0)
+
+
+@dataclass
+class JoinedOperand(SummedOperand):
+    """Entries whose channels lie in several operands side by side, ``widths`` of them in each."""
+
+    widths: Sequence[int]
+
+    def queries(self, query: Tensor) -> Sequence[Tensor]:
+        return query.split(list(self.widths), -1)
+
+    def together(self, answers: list[Tensor]) -> Tensor:
+        return torch.cat(answers, -1)
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,10 @@ def logits(
 ) -> list[Tensor]:
     """Scaled, biased and masked logits of each row ``[M, length]`` float32."""
     if isinstance(key, SummedOperand):
-        first, *others = key.parts
-        found = logits(query, first, lengths, kernels, scale=scale, **options)
-        for other in others:
-            more = logits(query, other, lengths, kernels, scale=scale)
+        (first, asked), *others = zip(key.parts, key.queries(query), strict=True)
+        found = logits(asked, first, lengths, kernels, scale=scale, **options)
+        for other, asked in others:
+            more = logits(asked, other, lengths, kernels, scale=scale)
             found = [x + y for x, y in zip(found, more, strict=True)]
         return found
     if kernels.reads(key):
@@ -80,7 +100,7 @@ def weighted(found: list[Tensor], value: Operand, lengths: Sequence[int], kernel
     """Values weighted by the softmax of each row's logits ``[M, length]``."""
     if isinstance(value, SummedOperand):
         parts = [weighted(found, part, lengths, kernels) for part in value.parts]
-        return Partial(torch.stack([part.out.float() for part in parts]).sum(0), parts[0].lse)
+        return Partial(value.together([part.out.float() for part in parts]), parts[0].lse)
     if kernels.reads(value):
         return _by_kernel(found, value, lengths, kernels)
     outs, lses = [], []

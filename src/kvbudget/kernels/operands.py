@@ -11,8 +11,8 @@ class Operand:
     """What a kernel reads keys or values from: rows of a column in some storage format.
 
     ``most`` bounds the entries of one `block`, where they have to be decoded into memory first. Where there is a ``basis
-    [D, D]``, orthonormal, rows are the entries times it: whoever calls a kernel turns queries for keys by it, and answers
-    of values back.
+    [D, E]`` (``[R, D, E]``: one for each row), entries are the rows times its transpose: whoever calls a kernel turns
+    queries for keys by it, and answers of values back.
     """
 
     starts: Sequence[int]

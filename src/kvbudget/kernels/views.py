@@ -11,6 +11,7 @@ from kvbudget.kernels.corrected import CorrectedOperand
 from kvbudget.kernels.gathered import GatheredOperand
 from kvbudget.kernels.operands import ChannelQuantOperand, DenseOperand, Operand, TokenQuantOperand, packed_width
 from kvbudget.kernels.scalar import ScalarOperand
+from kvbudget.kernels.trits import TritOperand
 from kvbudget.kernels.turned import TurnedOperand
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,6 +86,16 @@ def _integers(operand: TokenQuantOperand | ChannelQuantOperand) -> View | None:
         return None
     at = (codes.data_ptr(), stride, scale.data_ptr(), zero.data_ptr())
     return View(_TOKEN if token else _CHANNEL, kind, *at, width, operand.bits, operand.group, operand.starts, skip)
+
+
+def _trits(operand: TritOperand) -> View | None:
+    """Per-channel codes of no whole bits, without a zero."""
+    codes, magnitude = operand.codes, operand.magnitude
+    kind, width = _kind(magnitude), magnitude.shape[-1]
+    if kind is None or not codes.is_cpu or not codes.is_contiguous() or width % 8 or not 0 < width <= MAX_WIDTH:
+        return None
+    at = (codes.data_ptr(), codes.shape[1], magnitude.data_ptr(), 0)
+    return View(_CHANNEL, kind, *at, width, 0, operand.unit, operand.starts, operand.skip)
 
 
 def _codebook(operand: CodebookOperand) -> View | None:
@@ -222,6 +233,7 @@ _VIEWS: dict[type[Operand], Any] = {
     CodebookOperand: _codebook,
     AtomOperand: _atoms,
     ScalarOperand: _scalar,
+    TritOperand: _trits,
     CorrectedOperand: _corrected,
     TurnedOperand: _turned,
 }

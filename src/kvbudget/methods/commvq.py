@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvbudget.codecs.commuting import WORDS, Commuting, stages_of
+from kvbudget.codecs.commuting import WORDS, Commuting, laid_out, stages_of
 from kvbudget.codecs.rotated import NormalCodes, Rotated
 from kvbudget.errors import PolicyError
 from kvbudget.policy.artifact import Artifact
@@ -43,7 +43,7 @@ class CommVQ(Recipe):
     residual: int = 128
     sinks: int = 0
     file: str = ""
-    tables: Tensor | None = field(default=None, repr=False, compare=False)
+    vectors: Tensor | None = field(default=None, repr=False, compare=False)
     order: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,12 +52,12 @@ class CommVQ(Recipe):
 
     def parts(self) -> dict[str, Any]:
         shared: dict[str, Any] = {"residual": self.residual, "sinks": self.sinks}
-        width = 128 if self.tables is None else self.tables.shape[-1]
-        found: dict[str, Any] = {"tables": self.tables, "order": self.order}
+        width = 128 if self.vectors is None else self.vectors.shape[-1]
+        found: dict[str, Any] = {"vectors": self.vectors, "order": self.order}
         keys = Commuting(stages=stages_of(self.bits, width), before_rope=True, **found, **shared)
         return {"codec": (keys, Rotated(base=NormalCodes(bits=self.bits, **shared)))}
 
     def bind(self, fingerprint: str) -> "CommVQ":
         found = Artifact.load(self.name, fingerprint, self.file).tensors
         assert found["tables"].shape[-2] == WORDS, "tables of another form"
-        return replace(self, tables=found["tables"], order=found["order"])
+        return replace(self, vectors=laid_out(found["tables"], found["order"]), order=found["order"])

@@ -60,4 +60,4 @@ class CoupledQuantization(Recipe):
                 f"cq: the codebooks were calibrated for channels={made}, not {self.channels}; run: kvbudget calibrate "
                 f'"cq(channels={self.channels})"'
             )
-        return replace(self, key_words=found["key"], value_words=found["value"])
+        return replace(self, key_words=found["key"].float(), value_words=found["value"].float())

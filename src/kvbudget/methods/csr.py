@@ -62,4 +62,4 @@ class CacheSparseRepresentation(Recipe):
                 f"csr: terms={self.terms} is more than the {found['key'].shape[1]} atoms of the dictionary"
             )
         before = bool(found.get("before_rope", True))
-        return replace(self, keys=found["key"], values=found["value"], before_rope=before)
+        return replace(self, keys=found["key"].float(), values=found["value"].float(), before_rope=before)

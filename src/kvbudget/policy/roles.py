@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -158,10 +158,17 @@ class Refinement(Part, ABC):
 class Selector(Part, ABC):
     """What a query reads of the entries that are held, and with what weights; nothing leaves the cache by it.
 
-    ``prefill`` says that it acts where a forward brings many tokens, too.
+    ``prefill`` says that it acts where a forward brings many tokens, too. ``states`` as for a `Scorer`.
     """
 
     prefill: ClassVar[bool] = True
+    states: ClassVar[tuple[str, ...]] = ()
+
+    def meet(self, layer_idx: int, keys: Tensor, positions: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Fills in the ``states [B, Hkv, T]`` of entries that it has not met yet, which are 0.
+
+        ``keys [B, Hkv, T, D]`` in float32, ``positions [B, Hkv, T]`` (-1: an empty cell).
+        """
 
     @abstractmethod
     def select(self, reading: Reading) -> Chosen:

@@ -209,12 +209,22 @@ class LayerEntries:
                     keys.copy_(self.rotation.rotate(keys, delta[length - len(keys) :]))
 
     def _set_apart(self, spare: int) -> None:
-        """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns."""
+        """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns.
+
+        A coded unit that holds one of them goes with them whole: nothing has left it, so there is no gap before its end.
+        """
         (segment,) = self.main
         positions = segment.positions()
-        first, valid = positions < self.apart, positions >= 0
+        valid = positions >= 0
+        number = (valid & (positions < self.apart)).sum(1)
+        whole = -(-number // segment.unit) * segment.unit
+        number = torch.where(number <= torch.tensor(segment.sealed, device=number.device), whole, number)
+        first = torch.arange(segment.longest, device=number.device) < number[:, None]
         rest = segment.share()
         segment.take(first & valid)
+        for table in segment.tables():  # nothing joins them, but they may be coded yet
+            table.limits = list(table.lengths)
+            table.trim()
         rest.take(~first & valid, spare)
         self.main = [segment, rest]
 

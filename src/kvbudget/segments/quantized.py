@@ -67,7 +67,7 @@ class QuantizedSegment(Segment):
         partials = []
         for key, value, lengths, bias in self._ranges(ctx):
             part = kernels.attend(_turned(query, key), key, value, lengths, **bias)
-            partials.append(part if value.basis is None else Partial(part.out.float() @ value.basis.T, part.lse))
+            partials.append(part if value.basis is None else Partial(part.out.float() @ value.basis.mT, part.lse))
         return kernels.merge(partials)
 
     def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,7 +23,8 @@ class Reading:
     entries (a sink logit of the model included), against which weights after the softmax are taken. ``query [B, Hkv, G, n, D]``,
     ``keys [B, Hkv, T, D]`` and ``values [B, Hkv, T, Dv]`` in float32; ``visible [B, Hkv, n, T]`` bool. ``layer_idx`` is that of
     the model, and ``depth`` runs from 0 in the first layer that a budget governs to 1 in the last. ``steps [B, n]`` are the
-    positions of the queries and ``positions [B, Hkv, T]`` those of the entries, -1 for an empty cell.
+    positions of the queries and ``positions [B, Hkv, T]`` those of the entries, -1 for an empty cell. ``states`` are what the
+    selector keeps with the entries, ``[B, Hkv, T]`` each.
     """
 
     layer_idx: int
@@ -36,6 +37,7 @@ class Reading:
     depth: float = 0.0
     steps: Tensor | None = None
     positions: Tensor | None = None
+    states: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def probabilities(self) -> Tensor:
@@ -58,6 +60,13 @@ class Selects(Protocol):
     @property
     def prefill(self) -> bool:
         """Whether sequences to which a forward brings many tokens are selected too."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Float32 columns that it keeps with the entries; 0 for an entry that it has not met yet."""
+
+    def meet(self, layer_idx: int, keys: Tensor, positions: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Fills in the ``states [B, Hkv, T]`` of new entries, from ``keys [B, Hkv, T, D]`` at ``positions [B, Hkv, T]``."""
 
     def select(self, reading: Reading) -> Chosen:
         """What the queries read."""
@@ -97,6 +106,7 @@ def attend(
             for s in held
         ]
         log_count = joined(counts).clamp_min(1e-30).log()[:, :, None, None]
+    states = _states(selector, layer_idx, held, keys, positions) if selector.states else {}
     grouped = query.unflatten(1, (keys.shape[1], -1)).float()
     size = max(1, BLOCK // (batch * query_heads * keys.shape[2]))
     outs, sums = [], []
@@ -113,7 +123,7 @@ def attend(
         if sink is not None:
             lse = torch.logaddexp(lse, sink.float().view(1, keys.shape[1], -1, 1))
         reading = Reading(
-            layer_idx, grouped[:, :, :, at], keys, values, logits, lse, visible, depth, steps[:, at], positions
+            layer_idx, grouped[:, :, :, at], keys, values, logits, lse, visible, depth, steps[:, at], positions, states
         )
         chosen = selector.select(reading)
         weights, mean_weight = chosen.weights, chosen.mean_weight
@@ -127,3 +137,21 @@ def attend(
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(sums, dim=3).flatten(1, 2)
+
+
+def _states(
+    selector: Selects, layer_idx: int, held: Sequence[Segment], keys: Tensor, positions: Tensor
+) -> dict[str, Tensor]:
+    """The selector's columns ``[B, Hkv, T]`` once it has met all entries; kept where a segment has room for them."""
+    states = {}
+    for name in selector.states:
+        columns = [s.meta.padded(name) if name in s.meta.columns else torch.zeros(s.num_rows, s.longest) for s in held]
+        states[name] = torch.cat([column.to(keys.device) for column in columns], 1).unflatten(0, keys.shape[:2])
+    before = {name: column.clone() for name, column in states.items()}
+    selector.meet(layer_idx, keys, positions, states)
+    for name, column in states.items():
+        parts = [x.flatten(0, 1).split([segment.longest for segment in held], 1) for x in (before[name], column)]
+        for segment, old, new in zip(held, *parts, strict=True):
+            if name in segment.meta.columns and not torch.equal(old, new):
+                segment.meta.write_padded(name, new)
+    return states

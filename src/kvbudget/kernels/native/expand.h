@@ -32,11 +32,38 @@ KV_INLINE void expand_token(const Operand& x, int64_t at, float* out) {
   }
 }
 
+struct Trits {
+  float of[256][5];
+};
+
+// The five levels -1, 0 and 1 in each byte.
+constexpr Trits trits() {
+  Trits found{};
+  for (int code = 0; code < 256; ++code)
+    for (int k = 0, left = code; k < 5; ++k, left /= 3) found.of[code][k] = static_cast<float>(left % 3 - 1);
+  return found;
+}
+constexpr Trits kTrits = trits();
+
+// Those of all entries of a unit follow each other, so an entry may begin inside of a byte.
+KV_INLINE void unpack_trits(const Operand& x, int64_t at, float* out) {
+  const int64_t first = at % x.group * x.width;
+  const uint8_t* data = x.data + at / x.group * x.stride + first / 5;
+  for (int i = 0, k = static_cast<int>(first % 5); i < x.width; k = 0, ++data) {
+    const float* five = kTrits.of[*data];
+    while (k < 5 && i < x.width) out[i++] = five[k++];
+  }
+}
+
 KV_INLINE void expand_channel(const Operand& x, int64_t at, float* out, float* other) {
-  unpack_row(x.data + at * x.stride, x.width, x.bits, out);
+  if (x.bits)
+    unpack_row(x.data + at * x.stride, x.width, x.bits, out);
+  else
+    unpack_trits(x, at, out);
   const int64_t meta = at / x.group * x.width;
   to_float(x.scale, x.type, meta, x.width, other);
   for (int i = 0; i < x.width; ++i) out[i] *= other[i];
+  if (!x.zero) return;
   to_float(x.zero, x.type, meta, x.width, other);
   for (int i = 0; i < x.width; ++i) out[i] += other[i];
 }

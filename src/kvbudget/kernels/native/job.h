@@ -70,11 +70,11 @@ struct Operand {
   Kind kind;
   Type type;           // of the data (dense) or of scale and zero (token, channel)
   const uint8_t* data;
-  int64_t stride;      // bytes from one entry to the next
+  int64_t stride;      // bytes from one entry to the next, or from one unit where there are no whole bits
   const uint8_t* scale;
   const uint8_t* zero;
   int width;           // D
-  int bits;
+  int bits;            // 0: five codes of three levels to a byte, those of a unit without a gap (channel)
   int group;           // channels per group (token) or entries per group (channel, codebook)
   const int64_t* starts;
   const int64_t* skip;   // per-channel codes: entries of a row's first group that are passed over; null: none

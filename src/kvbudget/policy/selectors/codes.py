@@ -1,5 +1,6 @@
 """Codes of keys that know no position: a query reads the entries whose code promises most."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,10 +20,11 @@ class Retrieved(Selector):
 
     A key before RoPE is the nearest word ``w`` of its head by ``|(k - w) L|`` with the factor ``L L^T`` of the queries'
     second moment; its score is the product of w with the query turned to position ``base``, whatever the distance (windowed
-    RoPE). Query heads of a group read what any of them wants, exactly.
+    RoPE). Query heads of a group read what any of them wants, exactly. An entry is coded once, when it is first met.
     """
 
     prefill: ClassVar[bool] = False
+    states: ClassVar[tuple[str, ...]] = ("code",)
 
     share: float = 0.03
     window: int = 64
@@ -43,15 +45,24 @@ class Retrieved(Selector):
 
     def scores(self, reading: Reading) -> Tensor:
         """Approximate logits by the codes of the keys ``[B, Hkv, G, n, T]``, up to a factor."""
-        assert reading.steps is not None and reading.positions is not None
-        words, factor = (self.found[name][reading.layer_idx].to(reading.keys) for name in ("words", "factor"))
-        rotation = Rotation(
-            self.found["inv_freq"][reading.layer_idx],
-            "interleaved" if bool(self.found["interleaved"]) else "half",
-            float(self.found["scaling"]),
-        )
-        keys = rotation.strip(reading.keys, reading.positions)
-        codes = torch.stack([nearest(sequence @ factor, words @ factor) for sequence in keys])
+        assert reading.steps is not None
+        words = self.found["words"][reading.layer_idx].to(reading.keys)
+        rotation = self._rotation(reading.layer_idx)
         query = rotation.rotate(reading.query, int(self.found["base"]) - reading.steps[:, None, None])
         table = torch.einsum("bhgnd,hwd->bhgnw", query, words)
+        codes = (reading.states["code"].long() - 1).clamp_min(0)
         return table.gather(-1, codes[:, :, None, None].expand(*table.shape[:4], -1))
+
+    def meet(self, layer_idx: int, keys: Tensor, positions: Tensor, states: Mapping[str, Tensor]) -> None:
+        """Codes are kept as 1 and more."""
+        codes = states["code"]
+        fresh = ((codes == 0) & (positions >= 0)).any(1).any(0).nonzero()[:, 0]
+        words, factor = (self.found[name][layer_idx].to(keys) for name in ("words", "factor"))
+        plain = self._rotation(layer_idx).strip(keys[:, :, fresh], positions[:, :, fresh])
+        found = torch.stack([nearest(sequence @ factor, words @ factor) for sequence in plain])
+        codes[:, :, fresh] = torch.where(codes[:, :, fresh] == 0, found + 1.0, codes[:, :, fresh])
+
+    def _rotation(self, layer_idx: int) -> Rotation:
+        turned = bool(self.found["interleaved"])
+        scaling = float(self.found["scaling"])
+        return Rotation(self.found["inv_freq"][layer_idx], "interleaved" if turned else "half", scaling)
