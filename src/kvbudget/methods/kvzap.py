@@ -21,11 +21,11 @@ class KVzap(Recipe):
     Paper: Jegou and Jeblick, arXiv 2601.07891, 2026, section 3. A linear map per layer predicts the logarithm of the
     highest attention that an entry would get while the model repeats the text (KVzip); a token is scored when it comes, and
     leaves when the window has passed it. How much is kept follows from the text; with a budget the threshold rises, the same
-    for all layers and heads, until what is above it fits, and the window shrinks to half of the budget. ``kvbudget calibrate
-    kvzap --model M`` trains it by forward passes. The gate reads the token's queries, keys and values before RoPE instead of
-    the hidden state that they are linear maps of, and the target leaves out the norm of the value's output (KVzip+). Claim:
-    2 to 4 times smaller caches with negligible loss. Sinks are protected here, since a few heads give them low scores and
-    are lost without them.
+    for all layers and heads, until what is above it fits, and the window shrinks to half of the budget; a forward is held
+    whole until its end, so a long prompt should come in chunks. ``kvbudget calibrate kvzap --model M`` trains it by forward
+    passes. The gate reads the token's queries, keys and values before RoPE instead of the hidden state that they are linear
+    maps of, and the target leaves out the norm of the value's output (KVzip+). Claim: 2 to 4 times smaller caches with
+    negligible loss. Sinks are protected here: a few heads score them low, and losing them there costs most of the quality.
 
     Attributes:
         depth: entries leave below ``exp(-depth)`` (paper: 3 to 6).
