@@ -75,6 +75,7 @@ def tune(
     table = Table("shares", f"{found.score}, held out (higher is better)", "tuned is")
     for name, values in found.held_out.items():
         verdict, gain = found.gain(name)
+        verdict = {"higher": "better", "lower": "worse"}.get(verdict, verdict)
         told = "" if name == "evolkv" else f"{verdict}, by {gain}"
         table.add_row(name, f"{sum(values) / len(values):.4g}", told)
     stdout().print(table)

@@ -79,6 +79,7 @@ class Evaluator:
         self.score = setup.score or ("logprob" if self.task.labeled else self.task.headline)
         lower = not self.task.higher_is_better and self.score == self.task.headline
         self.sign = -1.0 if lower or self.score in LOWER_IS_BETTER else 1.0
+        self.shown = f"-{self.score}" if self.sign < 0 else self.score
         self.model, self.tokenizer = load(setup.model, dtype=setup.dtype)
         self.examples = self.task.examples(self.tokenizer, setup.count + setup.held_out, setup.seed)
         self.runs = [self._runs(number) for number in range(setup.count)]
@@ -185,7 +186,7 @@ class Tuned:
     """What a search found: ``weights``, their fitness and that of equal shares on the examples that judged them.
 
     ``held_out[name]`` are the scores (higher is better) of uniform, pyramidkv and the tuned shares on examples that the search
-    has not seen; ``score`` is what was scored.
+    has not seen; ``score`` is what was scored, ``-score`` where lower is better.
     """
 
     weights: Weights
@@ -251,7 +252,7 @@ def tune(
         "pyramidkv": f"{setup.policy}+pyramidkv",
         "evolkv": policy,
     }
-    return Tuned(weights, highest, uniform, judge.score, judge.held_out(rivals), policy)
+    return Tuned(weights, highest, uniform, judge.shown, judge.held_out(rivals), policy)
 
 
 @contextmanager
