@@ -18,16 +18,15 @@ from torch import Tensor
 from kvbudget.cache import KVCache
 from kvbudget.methods.top_theta import TopTheta
 from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.base import Selector
 from kvbudget.policy.selectors.thresholds import Thresholds
 from kvbudget.segments.selective import Chosen, Reading
 
 FORMS = ("thresholds", "true top k", "1/k", "random")
 
 
-class Judge:
+class Judge(Selector):
     """Lets a layer read everything, and notes what each form would read and answer."""
-
-    prefill = True
 
     def __init__(self, calibrated: Thresholds, plain: Thresholds) -> None:
         self.calibrated, self.plain = calibrated, plain

@@ -12,6 +12,7 @@ from kvbudget.calibrate import calibrate
 from kvbudget.errors import PolicyError
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.base import Selector
 from kvbudget.policy.selectors.thresholds import Thresholds
 from kvbudget.segments.selective import Reading
 from tiny import random_text, tiny_model
@@ -117,9 +118,7 @@ def test_about_k_entries_are_read_of_new_text():
     counts: list[float] = []
     selector = cache.enforcer.layers[1].selector
 
-    class Counting:
-        prefill = True
-
+    class Counting(Selector):
         def select(self, given: Reading):
             chosen = selector.select(given)
             counts.append(float((chosen.weights > 0).sum(-1).float()[..., 100:].mean()))
