@@ -12,6 +12,7 @@ A run of all lengths takes less than ten minutes and 4 GiB on an idle machine of
 import argparse
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -74,17 +75,18 @@ def clock_of(threads: int) -> Callable[[], float]:
 def interleave(variants: Sequence[Variant], seconds: float, clock: Callable[[], float], least: int = 3) -> None:
     """One call of each variant per round until the time is up; none gets more than four times the time of the quickest.
 
+    Every round has another order, since what a call leaves in the caches (dequantizing leaves much) delays the next one.
     Every variant is measured ``least`` times at any rate, which bounds what the slowest ones cost.
     """
     for variant in variants:
         variant.step(clock)
     for variant in variants:
         variant.seconds.clear()
-    end = time.perf_counter() + seconds
+    end, shuffled = time.perf_counter() + seconds, random.Random(0)
     while time.perf_counter() < end or any(len(variant.seconds) < least for variant in variants):
         share = 4 * min(sum(variant.seconds) for variant in variants)
         late = time.perf_counter() > end
-        for variant in variants:
+        for variant in shuffled.sample(variants, len(variants)):
             if len(variant.seconds) < least or (not late and sum(variant.seconds) <= share):
                 variant.step(clock)
 

@@ -14,22 +14,20 @@ best half and quarter of the tokens of each head.
 The artifacts let `kvbudget bench` run the untrained forms: ``locret(file='results/untrained/locret.safetensors')``.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from judging import Judged
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import kvbudget
 from kvbudget.calibrate import build
 from kvbudget.calibrate.admission import Admission, distance
 from kvbudget.calibrate.base import watch
 from kvbudget.calibrate.gates import GateCalibration, Taught, examples, features
-from kvbudget.eval.texts import passages
 from kvbudget.layer import AttentionCall
 from kvbudget.methods.wg_kv import WGKV
-from kvbudget.models import check_supported, fingerprint
+from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 
 
@@ -97,23 +95,13 @@ def show(method: str, found: dict[str, list[list[float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="books")
-    parser.add_argument("--texts", type=int, default=3)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--untrained", type=Path, default=Path("results/untrained"))
-    chosen = parser.parse_args()
-    model, tokenizer = kvbudget.load(chosen.model)
-    check_supported(model)
-    chosen.untrained.mkdir(parents=True, exist_ok=True)
-    texts = passages(tokenizer, chosen.length, chosen.texts, seed=chosen.seed, source=chosen.text)
+    judged = Judged.asked(__doc__)
+    model, texts = judged.model, judged.texts
     print(f"{'gate':12}{'':11}{'R2':>8}{'rank corr.':>12}{'best 50%':>10}{'best 25%':>10}")
     for method in ("kvzap", "fast_kvzip", "locret"):
         fit = build(method)
         assert isinstance(fit, Taught)
-        forms = forms_of(fit, model, chosen.untrained)
+        forms = forms_of(fit, model, judged.folder)
         found: dict[str, list[list[float]]] = {form: [] for form in forms}
         for ids in texts:
             x, y, index = examples(fit, model, ids[None])
@@ -125,7 +113,7 @@ def main() -> None:
     print(f"{'gate':12}{'':11}{'share':>8}{'change':>12}{'best 50%':>10}{'best 25%':>10}")
     fit = build("wg_kv")
     assert isinstance(fit, Admission)
-    forms = forms_of(fit, model, chosen.untrained)
+    forms = forms_of(fit, model, judged.folder)
     show("wg_kv", {form: [judge_admission(fit, model, ids[None], w) for ids in texts] for form, w in forms.items()})
 
 

@@ -9,18 +9,14 @@ needs no calibration: at most k weights exceed it. It is written as an artifact,
 ``top_theta(file='results/untrained/top_theta.safetensors')``. ``random`` reads about as many values as the thresholds do.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from judging import Judged
 from torch import Tensor
 
-import kvbudget
 from kvbudget.cache import KVCache
-from kvbudget.eval.texts import passages
 from kvbudget.methods.top_theta import TopTheta
-from kvbudget.models import check_supported, fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.selectors.thresholds import Thresholds
 from kvbudget.segments.selective import Chosen, Reading
@@ -72,34 +68,24 @@ class Judge:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="books")
-    parser.add_argument("--texts", type=int, default=3)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--untrained", type=Path, default=Path("results/untrained"))
-    chosen = parser.parse_args()
-    model, tokenizer = kvbudget.load(chosen.model)
-    check_supported(model)
-    mark = fingerprint(model)
+    judged = Judged.asked(__doc__)
+    mark = judged.mark
     made = Artifact.load("top_theta", mark)
     if made.parameters["on"] != "weights":
-        parser.error("the thresholds were calibrated on logits; run: kvbudget calibrate top_theta")
+        raise SystemExit("the thresholds were calibrated on logits; run: kvbudget calibrate top_theta")
     calibrated = TopTheta().bind(mark).selector
     flat = torch.full_like(made.tensors["thresholds"], 1 / calibrated.k)
     flat[:2] = 1 / calibrated.first
-    chosen.untrained.mkdir(parents=True, exist_ok=True)
     Artifact("top_theta", mark, {**made.tensors, "thresholds": flat}, dict(made.parameters)).save(
-        chosen.untrained / "top_theta.safetensors"
+        judged.folder / "top_theta.safetensors"
     )
     judge = Judge(calibrated, replace(calibrated, thresholds=flat))
-    for ids in passages(tokenizer, chosen.length, chosen.texts, seed=chosen.seed, source=chosen.text):
-        cache = KVCache(model, "full")
+    for ids in judged.texts:
+        cache = KVCache(judged.model, "full")
         for layer in cache.enforcer.layers:
             layer.selector = judge
         with torch.inference_mode():
-            model.base_model(ids[None], past_key_values=cache, use_cache=True)
+            judged.model.base_model(ids[None], past_key_values=cache, use_cache=True)
     print(f"{'form':14}{'layers':>9}{'read':>8}{'change':>9}{'without the mean value':>24}")
     for (form, early), rows in judge.found.items():
         number, change, bare = (sum(column) / len(rows) for column in zip(*rows, strict=True))

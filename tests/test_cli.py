@@ -313,6 +313,7 @@ def test_long_prompts_are_refused_unless_allowed(model_folder, tmp_path):
         (("--policy", "snapkv"), "needs a budget"),
         (("--policy", "kivi", "--budget", "64"), "add an evicting method"),
         (("--policy", "kvzip", "--budget", "64KiB"), "whole prompt"),
+        (("--policy", "kvsharer"), "needs a calibration for this model; run: kvbudget calibrate kvsharer --model /"),
         (("--prompt", "both"), "either --prompt TEXT or --prompt-file FILE"),
         (("--protect", "5-9"), "neither a role"),
         (("--protect", "9:5", "--policy", "snapkv", "--budget", "64"), "start < end"),
@@ -341,10 +342,16 @@ def test_run_refuses_missing_and_empty_files(model_folder, tmp_path):
     assert "empty" in refused("run", "--model", model_folder, "--prompt", "")
     assert "cannot be read" in refused("run", "--model", str(broken), "--prompt", "w9")
     assert "no file or folder" in refused("run", "--model", str(tmp_path / "no" / "model"), "--prompt", "w9")
+    assert "device 'gpu' cannot be used" in refused("run", "--device", "gpu", "--model", model_folder, "--prompt", "w9")
+    text = ("bench", "--model", model_folder, "--task", "fidelity", "--results")
+    assert "give another path" in refused(*text, str(broken / "config.json" / "r.jsonl"))
+    assert "no cell could be measured: text source" in refused(*text, str(tmp_path / "r.jsonl"), "--text", "no text")
 
 
 def test_calibrate_refuses_what_it_does_not_know(model_folder):
-    assert "no calibration for 'snapkv'" in refused("calibrate", "snapkv", "--model", model_folder)
+    assert "no calibration for 'snapkw'" in refused("calibrate", "snapkw", "--model", model_folder)
+    assert "snapkv needs no calibration" in refused("calibrate", "snapkv", "--model", model_folder)
+    assert "count=0 must be" in refused("calibrate", "qfilters(count=0)", "--model", model_folder)
     both = ("calibrate", "qfilters+chai", "--model", model_folder, "--output", "one.safetensors")
     assert "leave out --output" in refused(*both)
 

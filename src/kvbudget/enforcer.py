@@ -133,12 +133,12 @@ class Enforcer(Shares):
         allocator = self.parts.layers
         layers = [layer for layer in self.layers if layer.seen]
         among = self._rank(allocator, layers) if allocator is not None and allocator.joint else None
-        if among is not None and not any(among):
-            if self.budget.kind != "none":
-                self._level_room(layers)
-            return
-        for layer in layers:
-            self.settle(layer, View(layer), new_tokens, among)
+        inside = among is not None and not any(among)
+        if not inside or self.parts.threshold is not None:
+            for layer in layers:
+                self.settle(layer, View(layer), new_tokens, among)
+        if inside and self.budget.kind != "none":
+            self._level_room(layers)
 
     def settle(
         self,
@@ -249,9 +249,10 @@ class Enforcer(Shares):
         """Sequences in which entries below the policy's threshold leave now: after every ``every``-th of their tokens."""
         if self.parts.threshold is None:
             return [False] * layer.batch_size
+        if new_tokens is None and view.queries is None:  # outside of a forward
+            return [True] * layer.batch_size
         every, fresh = self.parts.trigger.every, new_tokens or view.new_tokens
-        passed = [seen // every > (seen - new) // every for seen, new in zip(layer.seen, fresh, strict=True)]
-        return [view.queries is None or p for p in passed]
+        return [seen // every > (seen - new) // every for seen, new in zip(layer.seen, fresh, strict=True)]
 
     def _evict(
         self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], limits: list[int]
@@ -287,7 +288,10 @@ class Enforcer(Shares):
         heads = layer.num_kv_heads
         scores = self.parts.scorer.score(view).float()
         valid = view.valid
-        means = [target / heads if o else float("inf") for o, target in zip(over, targets, strict=True)]
+        # Where all layers compete, the ranking has counted as protected what a uniform share protects.
+        joint = self.parts.layers is not None and self.parts.layers.joint
+        shares = [self._mean(b) if joint else target / heads for b, target in enumerate(targets)]
+        means = [share if o else float("inf") for o, share in zip(over, shares, strict=True)]
         protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
         held = layer.evictable()
         asked = scores

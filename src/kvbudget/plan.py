@@ -107,6 +107,8 @@ def plan(
     if limit is not None and limit.kind != "bytes":
         raise BudgetError(f"memory {memory!r} must be bytes, such as '2GiB'")
     wanted = [Budget.parse(value) for value in budgets] + ([] if limit is None else [limit])
+    if policy == "auto":
+        raise PolicyError("policy auto chooses for a prompt; plan with an evicting method, such as snapkv")
     chosen = parse(policy)
     if "calibration" in chosen.needs:
         raise PolicyError(f"what {chosen} keeps depends on a calibration of the model; plan with another method")

@@ -6,6 +6,7 @@ from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from transformers import DynamicCache
 
 from kvbudget import KVCache
+from kvbudget.calibrate import calibrate
 from kvbudget.eval.fidelity import KL_FLOOR, attention_calls, attention_errors, compare_logits, continuation_logits
 from kvbudget.eval.replay import record, replay
 from kvbudget.eval.tasks import parse
@@ -80,6 +81,15 @@ def test_attention_errors_are_zero_for_the_full_cache_and_grow_with_eviction() -
         means.append(sum(errors))
     assert 0.0 < means[0] < means[1] < means[2]
     assert full.get_seq_length() == 200 and full.probing is None
+
+
+def test_layers_that_predict_one_another_are_asked_in_their_order(tmp_path) -> None:
+    model = tiny_model("llama", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2)
+    file = calibrate("xquant_cl", model, tmp_path / "xquant_cl.safetensors")
+    recording, more = record(model, random_text(60)), random_text(9, seed=3)
+    full = replay(recording, KVCache(model, "full"))
+    coded = replay(recording, KVCache(model, f"xquant_cl(bits=8, group=64, file={str(file)!r})"))
+    assert max(attention_errors(attention_calls(model, full, more), full, coded)) < 0.02
 
 
 def test_the_attention_error_is_that_of_a_direct_computation() -> None:

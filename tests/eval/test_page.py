@@ -16,7 +16,7 @@ from kvbudget.eval.results import ResultsFile, gather
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync --disable-dev-shm-usage --virtual-time-budget=4000"
-# Runs in the page: what it looks like after one and two clicks on the score and one on the budget.
+# Runs in the page: what it looks like after one and two clicks on the score, one on the policy, and words to show.
 PROBE = """<script>addEventListener("load", () => {
   const found = {errors: window.errors, images: [...document.images].map((i) => i.naturalWidth)};
   const column = (n) => [...document.querySelectorAll("tbody tr")].map((r) => r.cells[n].textContent);
@@ -26,6 +26,8 @@ PROBE = """<script>addEventListener("load", () => {
   heads[3].click(); found.rising = column(1); found.mark = heads[3].getAttribute("aria-sort");
   heads[3].click(); found.falling = column(1);
   heads[1].click(); found.names = column(1);
+  const box = document.querySelector("input"); box.value = "KN 10%"; box.dispatchEvent(new Event("input"));
+  found.shown = [...document.querySelectorAll("tbody tr")].filter((r) => !r.hidden).map((r) => r.cells[1].textContent);
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
 });</script>"""
 
@@ -135,8 +137,11 @@ def test_the_command_names_policies_budgets_and_visible_tasks() -> None:
 
 
 def test_an_empty_file_is_refused(tmp_path) -> None:
-    with pytest.raises(KVBudgetError, match="no finished cell"):
+    with pytest.raises(KVBudgetError, match="does not exist"):
         gather([tmp_path / "none.jsonl"])
+    (tmp_path / "cut.jsonl").write_text('{"key": "cut o')
+    with pytest.raises(KVBudgetError, match="no finished cell"):
+        gather([tmp_path / "cut.jsonl"])
 
 
 def test_files_are_gathered_and_the_later_result_of_a_cell_counts(tmp_path) -> None:
@@ -181,6 +186,7 @@ def test_the_page_renders_and_sorts_in_chromium(written, tmp_path) -> None:
     assert found["rising"] == ["knorm", "tova", "nearly", "snapkv", "full", "greedy", "broken<b>"]
     assert found["mark"] == "ascending"
     assert found["falling"] == ["full", "greedy", "snapkv", "nearly", "tova", "knorm", "broken<b>"]
+    assert found["shown"] == ["knorm"]
     assert found["names"] == ["full", "greedy", "knorm", "nearly", "snapkv", "tova", "broken<b>"]
 
 

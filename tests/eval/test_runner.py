@@ -132,6 +132,32 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(folder, tmp_path):
     assert by["snapkv(window=8)", "50%"] is None
 
 
+def test_a_task_without_examples_is_recorded_and_the_others_go_on(folder, tmp_path):
+    tasks = ("fidelity(text='nothing')", "fidelity(length=1100)", "fidelity(tokens=8)")
+    lines = Bench(
+        matrix(folder, tasks=tasks, policies=("knorm",), budgets=("50%",), count=1), ResultsFile(tmp_path / "r.jsonl")
+    ).run()
+    assert all("'nothing' is neither" in line["error"] for line in lines[:2])
+    assert all("trained for 1024 positions" in line["error"] for line in lines[2:4])
+    assert [line["error"] for line in lines[4:]] == [None, None]
+
+
+def test_a_file_takes_one_run_at_a_time_and_keeps_what_another_left_unfinished(folder, tmp_path):
+    results = ResultsFile(tmp_path / "r.jsonl")
+
+    def kill(done, total, what):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Bench(matrix(folder), results, kill).run()
+    left = results.examples()
+    with results.held(), pytest.raises(KVBudgetError, match="another run"):
+        Bench(matrix(folder), results).run()
+    Bench(matrix(folder, policies=("tova",), tasks=("recall(spans=1)",)), results).run()
+    assert len(left) == 3 and results.examples() == left
+
+
 def test_every_policy_can_be_measured(folder, tmp_path):
     cells = matrix(folder, policies=("all", "auto"), budgets=("50%",), length=320, count=1)
     lines = Bench(cells, ResultsFile(tmp_path / "r.jsonl")).run()
@@ -188,6 +214,11 @@ def test_unknown_names_are_refused_before_any_work(folder, tmp_path):
         Bench(matrix(folder, tasks=("fidelty",)), ResultsFile(tmp_path / "r.jsonl")).run()
     with pytest.raises(KVBudgetError, match="no field 'polices'"):
         Matrix.from_mapping({"polices": ["snapkv"]})
+    for changes in ({"count": 0}, {"length": "long"}, {"budgets": ()}, {"seed": None}):
+        with pytest.raises(KVBudgetError, match=next(iter(changes))):
+            matrix(folder, **changes)
+    with pytest.raises(KVBudgetError, match=r"must be a list, such as \[snapkv\]"):
+        Matrix.from_mapping({"policies": "snapkv"})
     assert not (tmp_path / "r.jsonl").exists()
 
 

@@ -10,6 +10,7 @@ from kvbudget.errors import KVBudgetError
 from kvbudget.eval.external import External
 from kvbudget.eval.tasks import parse, registry
 from kvbudget.eval.tasks.base import Example, Probe, Reading, Task, read, shuffled, visible_form
+from kvbudget.eval.tasks.continuation import Continuation
 from kvbudget.eval.tasks.few_shot import TOPICS
 from tiny import tiny_model
 
@@ -128,7 +129,7 @@ def test_recall_spans_are_verbatim() -> None:
 
 def test_continuations_go_on_from_the_context() -> None:
     made = parse("fidelity(length=200, tokens=20, continuations=3, text=prose)")
-    longer = parse("fidelity(length=263, tokens=0, continuations=0, text=prose)")
+    longer = Continuation(length=263, tokens=0, continuations=0, text="prose")
     (example,), (whole,) = made.examples(TOKENIZER, 1), longer.examples(TOKENIZER, 1)
     said = torch.cat([example.context, *(torch.cat([p.question, p.answer]) for p in example.probes)])
     assert torch.equal(said, whole.context)
@@ -177,6 +178,9 @@ def test_unknown_tasks_and_parameters_are_refused() -> None:
         parse("needel")
     with pytest.raises(KVBudgetError, match="did you mean 'length'"):
         parse("needle(lenght=3)")
+    for text in ("fidelity(length=0)", "recall(skip=40)", "recall(length=100)", "needle(depths=(0.5, 1.5))"):
+        with pytest.raises(KVBudgetError, match=r"give skip|at least 1|from 0"):
+            parse(text)
     with pytest.raises(KVBudgetError, match="default 1024"):
         parse("needle(length=one)")
     with pytest.raises(KVBudgetError, match="one name"):

@@ -143,8 +143,8 @@ def test_a_score_is_given_once_and_alone(name, files):
 def test_entries_below_the_threshold_leave_behind_the_window(name, files):
     model, ids, kept = tiny_model("llama"), random_text(120, seed=6), []
     for least in (-0.2, -1.0, -2.0, -3.0, -50.0) if name == "kvzap" else (0.999, 0.9, 0.5, 0.1, 0.0):
-        rule = f"depth={-least}" if name == "kvzap" else f"admit={least}, sinks=0"
-        cache = KVCache(model, f"{name}({rule}, window=16, every=1, file={str(files[name])!r})")
+        rule = f"depth={-least}" if name == "kvzap" else f"admit={least}"
+        cache = KVCache(model, f"{name}({rule}, sinks=0, window=16, every=1, file={str(files[name])!r})")
         cache.prefill(model, ids)
         cache.check_integrity()
         kept.append(cache.report().kept_entries)
@@ -154,6 +154,31 @@ def test_entries_below_the_threshold_leave_behind_the_window(name, files):
                 assert row[-16:] == list(range(104, 120))
                 assert bool((score[0, h, : len(row) - 16] >= least).all())
     assert kept == sorted(kept) and kept[0] < kept[-1] == 120 * 4
+    cache = KVCache(
+        model, f"{name}({'depth=1' if name == 'kvzap' else 'admit=0.5'}, window=16, file={str(files[name])!r})"
+    )
+    cache.prefill(model, ids)
+    admitted = [set(row[:-16]) for layer in range(2) for row in kept_positions(cache, layer)]
+    model.generate(torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=40, do_sample=False)
+    later = [set(row) for layer in range(2) for row in kept_positions(cache, layer)]
+    assert all(before <= after for before, after in zip(admitted, later, strict=True)), "what was admitted stays"
+
+
+def test_a_budget_raises_the_threshold_of_all_layers_and_heads_alike(files):
+    model, ids = tiny_model("llama"), random_text(120, seed=6)
+    caches = [KVCache(model, f"kvzap(depth=99, window=8, file={str(files['kvzap'])!r})", n) for n in (None, 40)]
+    for cache in caches:
+        cache.prefill(model, ids)
+    kept, gone = [], []
+    for layer, store in enumerate(caches[0].enforcer.layers):
+        score = View(store).state("score")[0]
+        for h, row in enumerate(kept_positions(caches[1], layer)):
+            assert row[:4] == [0, 1, 2, 3] and row[-8:] == list(range(112, 120))
+            held = torch.zeros(120, dtype=torch.bool).scatter(0, torch.tensor(row), True)[4:112]
+            kept.append(score[h, 4:112][held])
+            gone.append(score[h, 4:112][~held])
+    assert caches[1].report().kept_entries == 4 * 40 and len({len(row) for row in kept}) > 1
+    assert float(torch.cat(kept).min()) >= float(torch.cat(gone).max())
 
 
 def test_what_admission_is_trained_for():

@@ -6,7 +6,7 @@ from brute import Brute, Step, chunks, distinct_text, kept_positions, run
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import BudgetError, PolicyError
-from kvbudget.methods.lagkv import LagRank
+from kvbudget.policy.scorers.lag import LagRank
 from tiny import tiny_model
 
 SINKS, LAG = 4, 16

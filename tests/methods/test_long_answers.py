@@ -3,6 +3,7 @@
 import pytest
 import torch
 from brute import kept_positions
+from test_calibrated import calibrated
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
@@ -23,8 +24,8 @@ POLICIES = (
     "lacache(before=7, after=2, positions=cache)",
     "corm(window=32)",
     "fastgen",
-    "h2o",
-    "tova",
+    "h2o+cam",
+    "tova+dynamickv",
     "lagkv(lag=16)",
     "keydiff(recent=16)",
     "pagedeviction",
@@ -33,7 +34,15 @@ POLICIES = (
     "snapkv(window=16)+fair(cuts=(50,))",
     "mpcache(size=8)",
     "task_kv(window=16, sinks=4, recent=16)",
+    "cake(window=16)+ems(window=16)",
+    "chelsea(recent=16)",
+    "d2o",
+    "elastic_cache",
+    "pyramidinfer(window=16)",
+    "transformer_vq(codes=8)+kcache(top=16)",
+    "lattice(slots=8)+neurocache(top=4, window=16)",
 )
+TWO_LAYERS = ("group=", "dynamickv", "compresskv")
 CALIBRATED = {
     "qfilters": "qfilters(recent=16)",
     "locret": "locret(recent=16)",
@@ -61,6 +70,13 @@ def test_a_thousand_tokens_of_calibrated_methods(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_thousand_tokens_of_layers_with_shares_and_a_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    calibrated(max_position_embeddings=2048)
+    run("compresskv(least=8)+less")
+
+
+@pytest.mark.slow
 def test_a_thousand_tokens_of_heads_that_keep_everything(tmp_path, monkeypatch):
     """One of two heads grows with the text, the other by a 40th of it, with the mean of what it dropped."""
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
@@ -85,16 +101,16 @@ def test_a_thousand_tokens_that_revise_earlier_ones():
 
 
 def run(policy):
-    layers = 2 if "group" in policy else 1
+    layers = 2 if any(part in policy for part in TWO_LAYERS) else 1
     model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=layers)
     cache = KVCache(model, policy, BUDGET)
     most = answer(model, cache)
-    assert cache.enforcer.evictions > layers * TOKENS / 32
+    stores = cache.enforcer.layers
+    assert cache.enforcer.evictions > len(stores) * TOKENS / 32
     assert max(most[10:]) <= max(most[:10]), "the size stays what it has been"
-    entries = cache.report().kept_entries
-    assert entries <= BUDGET * 2 * layers
+    assert sum(sum(map(sum, store.evictable())) for store in stores) <= BUDGET * 2 * len(stores)
     recent = cache.parts.protect.recent
-    for layer in range(layers):
+    for layer in range(len(stores)):
         for row in kept_positions(cache, layer):
             assert row == sorted(set(row)) and row[len(row) - recent :] == list(range(1200 - recent, 1200))
             prompt = sum(position < PROMPT for position in row)

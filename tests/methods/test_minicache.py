@@ -146,7 +146,7 @@ def test_budgets_hold_and_rows_and_forks_are_independent(scorer, budget):
     fork = cache.fork()
     one, other = (run(model, c, ids[:, 118:], [1] * 12) for c in (cache, fork))
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-    if budget != 48:
+    if "adakv" not in scorer:
         return
     texts = [random_text(n, seed=n) for n in (40, 90)]
     rows, mask = left_padded(texts)

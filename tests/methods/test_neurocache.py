@@ -5,7 +5,7 @@ import torch
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
-from kvbudget.methods.neurocache import Neighbors
+from kvbudget.policy.selectors.neighbors import Neighbors
 from kvbudget.segments.selective import Reading
 from tiny import random_text, tiny_model
 

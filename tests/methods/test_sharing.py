@@ -94,9 +94,7 @@ def test_windows_are_those_of_masked_attention_and_count_as_a_floor():
 
 
 @pytest.mark.parametrize("budget", [40, "60KiB"])
-@pytest.mark.parametrize(
-    "scorer", ["snapkv(window=8)", "cake(window=8)", "h2o", "snapkv(window=8)+adakv+kivi(residual=32)"]
-)
+@pytest.mark.parametrize("scorer", ["cake(window=8)", "snapkv(window=8)+adakv+kivi(residual=32)"])
 def test_the_owner_is_evicted_once_and_rows_equal_their_single_runs(scorer, budget):
     served, policy = model(), f"{scorer}+cla(owners=(0, 1, 0, 3, 1))"
     texts = [random_text(n, seed=n) for n in (60, 120, 97)]

@@ -212,6 +212,7 @@ def test_a_recipe_made_by_hand_is_checked_as_text_is() -> None:
     [
         ("", "no list under 'policy:'"),
         ("snapkv", "no list under 'policy:'"),
+        ("polcy: [snapkv]", "no field 'polcy'"),
         ("policy: []", "no list under 'policy:'"),
         ("policy: {snapkv: {window: 8}}", "no list under 'policy:'"),
         ("policy: [snapkv, 3]", "3 is neither a name nor one name with parameters"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvbudget.calibrate.base import Calibration, TextCalibration
 from kvbudget.errors import PolicyError, nearest
+from kvbudget.methods import registry as methods
 from kvbudget.models import check_supported, fingerprint
 from kvbudget.policy.artifact import Artifact, default_path
 
@@ -43,12 +44,20 @@ def build(method: str, **parameters: Any) -> Calibration | TextCalibration:
         PolicyError: unknown method or parameter, with the nearest match.
     """
     if method not in registry():
+        fitted = ", ".join(sorted(registry()))
+        if method in methods() and "calibration" not in methods()[method].needs:
+            raise PolicyError(f"{method} needs no calibration; these have one: {fitted}")
         raise PolicyError(f"there is no calibration for {method!r}{nearest(method, registry())}")
     kind = registry()[method]
     known = [field.name for field in fields(kind)]
     for name in parameters:
         if name not in known:
             raise PolicyError(f"the calibration of {method} has no parameter {name!r}{nearest(name, known)}")
+    for name in {"count", "length"} & set(parameters):
+        if type(parameters[name]) is not int or parameters[name] < 1:
+            raise PolicyError(
+                f"the calibration of {method}: {name}={parameters[name]!r} must be a whole number, at least 1"
+            )
     return kind(**parameters)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Annotated
 
@@ -27,15 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(run)
-app.command()(plan)
-app.command()(methods)
-app.command()(bench)
-app.command()(report)
-app.command()(calibrate)
-app.command()(tune)
-app.command()(info)
-app.command()(demo)
+for command in (run, plan, methods, bench, report, calibrate, tune, info, demo):
+    # A docstring's lines end where the file's do; help is wrapped by the width of the terminal.
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvbudget.cli.shell import notice, print_json, stderr
+from kvbudget.cli.shell import notice, print_json, progress
 from kvbudget.errors import KVBudgetError
 
 
@@ -35,7 +34,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     text: Annotated[str | None, typer.Option(help="A file or folder of texts for contexts.")] = None,
-    workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget[ray]).")] = "in-process",
+    workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget\\[ray]).")] = "in-process",
     report: Annotated[bool, typer.Option(help="Write the report beside the results.")] = True,
     markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard there too.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
@@ -49,7 +48,7 @@ def bench(
     [dim]$[/dim] kvbudget bench --matrix matrix.yaml --results results/mine.jsonl
     """
     from kvbudget.eval.matrix import Matrix
-    from kvbudget.eval.results import ResultsFile
+    from kvbudget.eval.results import ResultsFile, title
     from kvbudget.eval.runner import Bench
 
     if report:
@@ -61,22 +60,30 @@ def bench(
     )
     if workers not in ("in-process", "ray"):
         raise KVBudgetError(f"--workers {workers} is not known; give in-process or ray")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as bars:
+    with progress() as bars:
         bar = bars.add_task("starting", total=None)
 
         def show(done: int, total: int, what: str) -> None:
             bars.update(bar, completed=done, total=total, description=what[:60])
 
-        if workers == "ray":
-            from kvbudget.eval.workers import run_on_ray
+        try:
+            if workers == "ray":
+                from kvbudget.eval.workers import run_on_ray
 
-            lines = run_on_ray(cells, ResultsFile(results), show)
-        else:
-            lines = Bench(cells, ResultsFile(results), show).run()
-    failed = [line for line in lines if line["error"]]
-    for line in failed:
-        notice(f"failed: {line['task']} {line['policy']} {line['budget']}: {line['error']}")
+                lines = run_on_ray(cells, ResultsFile(results), show)
+            else:
+                lines = Bench(cells, ResultsFile(results), show).run()
+        except KeyboardInterrupt:
+            notice(f"the same command goes on where {results} stops")
+            raise
+    failed: dict[str, list[str]] = {}
+    for line in lines:
+        if line["error"]:
+            failed.setdefault(line["error"], []).append(f"{title(line)} {line['policy']} {line['budget']}")
+    if len(failed) == 1 and all(line["error"] for line in lines):
+        raise KVBudgetError(f"no cell could be measured: {next(iter(failed)).partition(': ')[2]}")
+    for error, names in failed.items():
+        notice(f"failed: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {error}")
     if json:
         print_json(lines)
     for name in ResultsFile(results).weak_tasks():

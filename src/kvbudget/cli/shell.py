@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from kvbudget.errors import KVBudgetError
@@ -27,10 +30,14 @@ class Commands(TyperGroup):
         try:
             sys.exit(super().main(args, *positional, **options) or 0)
         except KVBudgetError as error:
-            _fail(str(error))
+            _fail(_with_model(str(error), sys.argv[1:] if args is None else args))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{str(error.filename)!r} cannot be read or written: {error.strerror}; give another path")
         except Exception as error:
             # typer has had more than one base class for what is wrong with a command line; all of them have this method.
             message = getattr(error, "format_message", None)
@@ -51,6 +58,13 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def progress() -> Progress:
+    """A bar with what is done, of how much, and the time left, which leaves no trace; a pipe gets none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = stderr()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def notice(text: str) -> None:
     """One line beside the result, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -59,6 +73,13 @@ def notice(text: str) -> None:
 def print_json(data: Any) -> None:
     """The only thing on stdout under --json."""
     print(json.dumps(data, indent=2))
+
+
+def _with_model(message: str, arguments: Sequence[str]) -> str:
+    """The commands that a message advises, for the model that these arguments name (none: the default of all commands)."""
+    named = [value for option, value in pairwise(arguments) if option in ("--model", "-m")]
+    named += [argument.removeprefix("--model=") for argument in arguments if argument.startswith("--model=")]
+    return message.replace(" --model <the model>", f" --model {shlex.quote(named[-1])}" if named else "")
 
 
 def _fail(message: str) -> NoReturn:

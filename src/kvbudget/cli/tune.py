@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvbudget.cli.shell import notice, print_json, stderr, stdout
+from kvbudget.cli.shell import notice, print_json, progress, stdout
 from kvbudget.errors import KVBudgetError
 
 
@@ -37,7 +36,7 @@ def tune(
     sigma: Annotated[float, typer.Option(help="First step of the search; 1 is a layer's mean share.", min=0.01)] = 0.3,
     seed: Annotated[int, typer.Option(help="Of examples and search.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget[ray]).")] = "in-process",
+    workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget\\[ray]).")] = "in-process",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Search how layers should share a budget for one task, and write the policy that kvbudget run loads.
@@ -60,8 +59,7 @@ def tune(
         task = f"own(rows={task!r})"
     setup = Setup(model, task, budget, policy, count, held_out, seed, dtype, length, score)
     known = ResultsFile(output.with_suffix(".evaluations.jsonl"))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as bars:
+    with progress() as bars:
         bar = bars.add_task("equal shares", total=None)
 
         def show(done: int, total: int, best: float) -> None:

@@ -269,4 +269,5 @@ def _load(*args: Any, **options: Any) -> Any:
         return load_dataset(*args, **options)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise KVBudgetError(f"the data set {args[0]} cannot be loaded: {lines[0]}; give rows='file.jsonl'") from error
+        source = options.get("data_files", args[0])
+        raise KVBudgetError(f"the data set {source} cannot be loaded: {lines[0]}; give rows='file.jsonl'") from error

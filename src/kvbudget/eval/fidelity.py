@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.attending import AttentionLayer
 from kvbudget.cache import KVCache
 from kvbudget.layer import AttentionCall
 
@@ -104,10 +103,12 @@ def attention_errors(calls: dict[int, AttentionCall], full: KVCache, compressed:
     of where a policy loses; across methods it does not order quality. Both caches must stand after the same context and
     are left as they were.
     """
-    errors = []
-    for index, call in calls.items():
-        one, other = full.layers[index], compressed.layers[index]
-        assert isinstance(one, AttentionLayer) and isinstance(other, AttentionLayer)
-        exact, close = one.store.probe(call)[0].float(), other.store.probe(call)[0].float()
-        errors.append(float((close - exact).norm() / exact.norm()))
-    return errors
+    exact, close = _answers(calls, full), _answers(calls, compressed)
+    return [float((other - one).norm() / one.norm()) for one, other in zip(exact, close, strict=True)]
+
+
+def _answers(calls: dict[int, AttentionCall], cache: KVCache) -> list[Tensor]:
+    """What a cache answers to calls, layer by layer as in a forward: layers may share, project or predict one another."""
+    fork = cache.fork()
+    fork.probing = lambda *_: None
+    return [fork.attend(index, replace(call), None, None).float() for index, call in calls.items()]

@@ -65,6 +65,17 @@ class Matrix:
     text: str | None = None
     decode_speed: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("policies", "budgets", "tasks"):
+            if not getattr(self, name):
+                raise KVBudgetError(f"an evaluation without {name} measures nothing; name at least one")
+        for name in ("count", "length"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise KVBudgetError(f"{name}={value!r} must be a whole number, at least 1")
+        if type(self.seed) is not int:
+            raise KVBudgetError(f"seed={self.seed!r} must be a whole number")
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Matrix:
         """Makes a matrix from plain data; unknown names are refused with the nearest match."""
@@ -72,7 +83,11 @@ class Matrix:
         for name in values:
             if name not in known:
                 raise KVBudgetError(f"an evaluation has no field {name!r}{nearest(name, known)}")
-        lists = {name: tuple(map(str, values[name])) for name in ("policies", "budgets", "tasks") if name in values}
+        lists = {}
+        for name in {"policies", "budgets", "tasks"} & set(values):
+            if not isinstance(values[name], (list, tuple)):
+                raise KVBudgetError(f"{name}: {values[name]!r} must be a list, such as [{values[name]}]")
+            lists[name] = tuple(map(str, values[name]))
         return cls(**{**values, **lists})
 
     @classmethod
@@ -81,7 +96,8 @@ class Matrix:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise KVBudgetError(f"matrix file {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise KVBudgetError(f"matrix file {str(path)!r} cannot be read: {reason}") from error
         if not isinstance(content, dict):
             raise KVBudgetError(f"matrix file {str(path)!r} must hold a mapping with policies, budgets and tasks")
         return cls.from_mapping(content)

@@ -24,6 +24,7 @@ h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-t
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 12.5px; }
 th, td { padding: .25rem .4rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
+td:nth-child(-n+2) { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; }
 th { cursor: pointer; position: sticky; top: 0; background: Canvas; user-select: none; box-shadow: 0 1px var(--line); }
 th::after { content: ""; display: inline-block; width: .9em; }
 th[aria-sort=ascending]::after { content: "\\25B2"; } th[aria-sort=descending]::after { content: "\\25BC"; }
@@ -31,10 +32,17 @@ tbody tr:hover td { background: var(--soft); } .weak td { opacity: .55; } .best 
 .bad td { color: #c33; } .bad td:last-child { text-align: left; white-space: normal; min-width: 26rem; }
 figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; background: white; border-radius: 6px; }
 pre { background: var(--soft); border-radius: 4px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+input { font: inherit; width: 100%; max-width: 24rem; box-sizing: border-box; margin-bottom: .6rem; padding: .3rem .5rem; }
 .scroll { overflow: auto; max-height: 75vh; border: 1px solid var(--line); border-radius: 6px; } small { opacity: .7; }
 """
 
 SCRIPT = """
+const rows = [...document.querySelectorAll("table.sortable tbody tr")];
+document.querySelector("input").addEventListener("input", ({ target }) => {
+  const words = target.value.toLowerCase().split(/\\s+/);
+  const texts = (row) => [...row.cells].slice(0, 3).map((cell) => cell.textContent).join(" ").toLowerCase();
+  for (const row of rows) row.hidden = !words.every((word) => texts(row).includes(word));
+});
 for (const table of document.querySelectorAll("table.sortable")) {
   table.tHead.addEventListener("click", ({ target }) => {
     const head = target.closest("th"), column = head.cellIndex, body = table.tBodies[0];
@@ -127,7 +135,7 @@ def _page(cells: Cells, pictures: Sequence[tuple[str, Path]]) -> str:
         f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
         for name, path in pictures
     )
-    weak = {title(c) for c in cells if c["policy"] == "full" and not informative(c)}
+    weak = {title(c) for c in cells if c["policy"] == "full" and c["scores"] and not informative(c)}
     notes = "".join(
         f"<li>{html.escape(t)}: not informative, the full cache itself cannot do it</li>" for t in sorted(weak)
     )
@@ -142,8 +150,10 @@ def _page(cells: Cells, pictures: Sequence[tuple[str, Path]]) -> str:
         f"<p>{policies} policies, {len(cells)} cells, {html.escape(first['dtype'])}, seed {first['seed']}. "
         "Scores are means with 95% bootstrap intervals over contexts; the column <i>in its budget</i> names the best policy "
         "of the same task and budget, with = those that cannot be told from it, and what a policy holds that keeps more entries "
-        "than the budget says. Click a column to sort.</p>"
-        f"{f'<ul>{notes}</ul>' if notes else ''}<div class=scroll><table class=sortable><thead><tr>{head}</tr></thead>"
+        "than the budget says. Click a column to sort; point at a row for its other scores.</p>"
+        f"{f'<ul>{notes}</ul>' if notes else ''}"
+        '<input type=search placeholder="show: words of task, policy, budget" aria-label="show"><div class=scroll>'
+        f"<table class=sortable><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div><h2>Figures</h2>{images}<h2>How to measure it again</h2>"
         f"<pre>{html.escape(commands(cells))}</pre><p><small>{html.escape(versions)}</small></p>"
         f"<script>{SCRIPT}</script></body></html>"
@@ -159,7 +169,8 @@ def _row(cell: dict[str, Any], cells: Cells, weak: bool) -> str:
         return f"<tr class=bad>{tds}<td colspan={len(COLUMNS) - 3}>{error}</td></tr>"
     headline, score, costs = cell["headline"], cell["scores"][cell["headline"]], cell["costs"]
     rivals = [c for c in cells if title(c) == title(cell) and c["budget"] == cell["budget"] and c["scores"]]
-    mark = excess(cell) or against_best(cell, best_of(rivals)) if cell["budget"] != "full" else ""
+    beyond = excess(cell).partition(",")[0]
+    mark = beyond or against_best(cell, best_of(rivals)) if cell["budget"] != "full" else ""
     mean, low, high = (shown(headline, score[part]) for part in ("mean", "low", "high"))
     speed = costs.get("decode_tokens_per_second")
     values = [
@@ -177,5 +188,6 @@ def _row(cell: dict[str, Any], cells: Cells, weak: bool) -> str:
     ]
     tds = "".join(f"<td>{t}</td>" if v is None else f'<td data-value="{v}">{t}</td>' for t, v in values)
     others = ", ".join(f"{name} {found['mean']:.3g}" for name, found in cell["scores"].items())
+    others = f"{names[0]}, {names[1]}: {others}"
     kind = " ".join(["weak"] * weak + ["best"] * (mark == "best"))
     return f'<tr class="{kind}" title="{html.escape(others)}">{tds}</tr>'

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 from kvbudget.errors import KVBudgetError
 from kvbudget.eval.stats import bootstrap
+from kvbudget.files import written_whole
 
 # A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
 INFORMATIVE = 0.5
@@ -29,6 +36,25 @@ class ResultsFile:
     @property
     def journal(self) -> Path:
         return self.path.with_name(self.path.name + ".journal")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the file, and keeps other runs from writing to it until the end, or until this process has ended.
+
+        Raises:
+            KVBudgetError: where another run holds it. OSError: where it cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise KVBudgetError(
+                        f"another run is writing to {str(self.path)!r}; wait for its end or give another file with --results "
+                        "(kvbudget report joins several)"
+                    ) from None
+            yield
 
     def cells(self) -> list[dict[str, Any]]:
         """Finished cells in the order in which they finished; a cell that was run again counts with its last result."""
@@ -67,11 +93,18 @@ class ResultsFile:
 
     def weak_tasks(self) -> list[str]:
         """Titles of the tasks that show nothing about a policy, because the full cache itself cannot do them."""
-        return sorted(title(c) for c in self.cells() if c["policy"] == "full" and not informative(c))
+        full = (c for c in self.cells() if c["policy"] == "full" and not c["error"])
+        return sorted(title(c) for c in full if not informative(c))
 
     def drop_journal(self) -> None:
-        """Removes the journal once every cell is finished."""
-        self.journal.unlink(missing_ok=True)
+        """Removes the examples of finished cells, and the journal where no others are left."""
+        finished = {line["key"] for line in _lines(self.path)}
+        left = [line for line in _lines(self.journal) if line["key"] not in finished]
+        if left:
+            with written_whole(self.journal) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in left), encoding="utf-8")
+        else:
+            self.journal.unlink(missing_ok=True)
 
 
 def gather(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -84,7 +117,8 @@ def gather(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         cells = ResultsFile(path).report()
         if not cells:
-            raise KVBudgetError(f"{str(path)!r} holds no finished cell; run kvbudget bench --results {path} first")
+            reason = "holds no finished cell" if path.exists() else "does not exist"
+            raise KVBudgetError(f"{str(path)!r} {reason}; run kvbudget bench --results {path} first")
         found |= {cell["key"]: cell for cell in cells}
     return list(found.values())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbudget.cache import KVCache
-from kvbudget.errors import CacheError
+from kvbudget.errors import CacheError, KVBudgetError
 from kvbudget.eval import tasks
 from kvbudget.eval.fidelity import attention_calls, attention_errors
 from kvbudget.eval.filling import Filler
@@ -46,12 +46,13 @@ class Bench:
     def run(self) -> list[dict[str, Any]]:
         """Returns the results of the matrix's cells; a failed cell is recorded with its error and does not stop the rest."""
         groups = [[c for c in group if self.only is None or c.key in self.only] for group in self.matrix.groups()]
-        finished = {line["key"] for line in self.results.cells() if not line["error"]}
-        missing = [[c for c in group if c.key not in finished] for group in groups]
-        if any(missing):
-            model, tokenizer = load(self.matrix.model, dtype=self.matrix.dtype)
-            self.fill(model, tokenizer, [group for group in missing if group])
-            self.results.drop_journal()
+        with self.results.held():
+            finished = {line["key"] for line in self.results.cells() if not line["error"]}
+            missing = [[c for c in group if c.key not in finished] for group in groups]
+            if any(missing):
+                model, tokenizer = load(self.matrix.model, dtype=self.matrix.dtype)
+                self.fill(model, tokenizer, [group for group in missing if group])
+                self.results.drop_journal()
         keys = {cell.key for group in groups for cell in group}
         return [line for line in self.results.cells() if line["key"] in keys]
 
@@ -67,7 +68,12 @@ class Bench:
             errors: dict[str, str] = {}
             is_first = (group[0].task, group[0].visible) == (first.task, first.visible)
             timed = is_first and self.matrix.decode_speed
-            for number, example in enumerate(task.examples(tokenizer, group[0].count, group[0].seed)):
+            examples: list[Example] = []
+            try:
+                examples = _examples(task, group[0], model, tokenizer)
+            except Exception as error:  # no text or no data set for this task; the others go on
+                errors = dict.fromkeys(lines, _said(error))
+            for number, example in enumerate(examples):
                 runs = Runs(model, tokenizer, task, example, group[0].visible, first=not number, timed=timed)
                 for begin in range(0, len(group), TOGETHER):
                     cells = group[begin : begin + TOGETHER]
@@ -77,7 +83,7 @@ class Bench:
                         line = known.get((cell.key, number))
                         result = found.get(cell.key)
                         if isinstance(result, Exception):
-                            errors[cell.key] = f"{type(result).__name__}: {result}"
+                            errors[cell.key] = _said(result)
                         elif result is not None:
                             line = {"key": cell.key, "example": number, **result, "cell": about[cell.key]}
                             self.results.add_example(line)
@@ -86,6 +92,7 @@ class Bench:
                         done += 1
                         if self.progress is not None:
                             self.progress(done, total, f"{task.name}: {cell.policy} {cell.budget}")
+            done += len(group) * (group[0].count - len(examples))
             for cell in group:
                 self.results.add_cell(summary(cell.key, about[cell.key], lines[cell.key], errors.get(cell.key)))
 
@@ -151,7 +158,10 @@ class Runs:
         self, caches: dict[str, KVCache], probe: Probe, index: int, number: int
     ) -> dict[str, dict[str, float] | Exception]:
         """The scores of one probe: all caches are read in one forward where that works, and else one by one."""
-        full = self._full(index, number, probe) if caches else None
+        try:
+            full = self._full(index, number, probe) if caches else None
+        except Exception as error:  # without the full cache there is nothing to compare with
+            return dict.fromkeys(caches, error)
         if self.task.reads and len(caches) > 1:
             try:
                 readings = read_together(self.model, list(caches.values()), probe)
@@ -247,6 +257,24 @@ class Runs:
                 self.model(context[None, -1:], past_key_values=fork)
                 times.append(time.perf_counter() - begin)
         return 1.0 / sorted(times)[len(times) // 2]
+
+
+def _examples(task: Task, cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The examples of a cell; refuses those that go beyond the positions which the model was trained for."""
+    examples = task.examples(tokenizer, cell.count, cell.seed)
+    probes = [(example, probe) for example in examples for probe in example.probes]
+    longest = max(len(e.context) + len(probe.question) + len(probe.answer) for e, probe in probes)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise KVBudgetError(
+            f"{task.name} takes {longest} tokens, question and answer included, and the model was trained for {positions} "
+            "positions; ask for shorter contexts"
+        )
+    return examples
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _about(cell: Cell, task: Task) -> dict[str, Any]:

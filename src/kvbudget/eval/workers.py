@@ -27,31 +27,33 @@ def run_on_ray(
         import ray
     except ImportError as error:
         raise KVBudgetError("--workers ray needs Ray; install it with pip install 'kvbudget[ray]'") from error
-    finished = {line["key"] for line in results.cells() if not line["error"]}
-    jobs: list[frozenset[str]] = []
-    for group in matrix.groups():
-        for policy in dict.fromkeys(cell.policy for cell in group):
-            keys = frozenset(c.key for c in group if c.policy == policy and c.key not in finished)
-            if keys:
-                jobs.append(keys)
-    if jobs:
-        started = not ray.is_initialized()
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-        try:
-            remote = ray.remote(num_cpus=1)(_run_cells)
-            waiting = [remote.remote(matrix, keys) for keys in jobs]
-            total, done = sum(map(len, jobs)), 0
-            while waiting:
-                ready, waiting = ray.wait(waiting)
-                for line in ray.get(ready[0]):
-                    results.add_cell(line)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total, f"{line['task']}: {line['policy']} {line['budget']}")
-        finally:
-            if started:
-                ray.shutdown()
-    keys_of_matrix = {cell.key for group in matrix.groups() for cell in group}
+    groups = list(matrix.groups())
+    with results.held():
+        finished = {line["key"] for line in results.cells() if not line["error"]}
+        jobs: list[frozenset[str]] = []
+        for group in groups:
+            for policy in dict.fromkeys(cell.policy for cell in group):
+                keys = frozenset(c.key for c in group if c.policy == policy and c.key not in finished)
+                if keys:
+                    jobs.append(keys)
+        if jobs:
+            started = not ray.is_initialized()
+            ray.init(ignore_reinit_error=True, log_to_driver=False)
+            try:
+                remote = ray.remote(num_cpus=1)(_run_cells)
+                waiting = [remote.remote(matrix, keys) for keys in jobs]
+                total, done = sum(map(len, jobs)), 0
+                while waiting:
+                    ready, waiting = ray.wait(waiting)
+                    for line in ray.get(ready[0]):
+                        results.add_cell(line)
+                        done += 1
+                        if progress is not None:
+                            progress(done, total, f"{line['task']}: {line['policy']} {line['budget']}")
+            finally:
+                if started:
+                    ray.shutdown()
+    keys_of_matrix = {cell.key for group in groups for cell in group}
     return [line for line in results.cells() if line["key"] in keys_of_matrix]
 
 

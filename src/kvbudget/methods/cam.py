@@ -12,11 +12,13 @@ from kvbudget.policy.destinations.merge import MergeNearest, Weights
 class CaM(Recipe):
     """Merges evicted entries instead of dropping them, keys and values alike; H2O selects where no scorer is named.
 
-    Paper: Zhang et al., ICML 2024, of which this is a relative (details *unverified*): every evicted entry goes to the kept
-    one with the nearest key of its head, and ``weights`` says how they add up: ``score`` by importance, as CaM and
-    ZeroMerge; ``count`` as a running centroid; ``mean``; ``pivot`` as LOOK-M; ``cosine`` and ``softmax`` by similarity. The
-    weights of an entry and its members sum to one. With ``counts``, an entry that stands for n has ``log n`` added to its
-    logit, which makes merging equal entries exact where values are weighted by count.
+    Paper: Zhang et al., ICML 2024, of which this is a relative. CaM merges one entry at a time while decoding: its value,
+    divided by their number, is added to those of the next kept entries, with a probability by its attention over theirs. What
+    a prompt evicts at once would add up, so here weights of an entry and its members sum to one: every evicted entry goes to
+    the kept one with the nearest key of its head, and ``weights`` says how they add up: ``score`` by importance, as CaM's
+    probability and ZeroMerge; ``count`` as a running centroid; ``mean``; ``pivot`` as LOOK-M; ``cosine`` and ``softmax`` by
+    similarity. With ``counts``, an entry that stands for n has ``log n`` added to its logit, which makes merging equal entries
+    exact where values are weighted by count.
 
     Attributes:
         weights: ``score``, ``count``, ``mean``, ``pivot``, ``cosine`` or ``softmax``.

@@ -11,13 +11,14 @@ from kvbudget.policy.refinements.representatives import Anchor, Representatives
 
 @dataclass(frozen=True)
 class KVCrush(Recipe):
-    """Keeps the best entries of any scorer (SnapKV's by default) and, for diversity, representatives of all others.
+    """Keeps the best entries of any scorer (SnapKV of 16 queries by default) and, for diversity, representatives of others.
 
     Paper: Jha et al., arXiv 2503.00022, 2025 (ACML), after two implementations (OpenVINO, vLLM). Entries are told apart by
     which heads find them important, one bit per KV head; ``share`` of the budget goes to rejected entries taken evenly over
     their Hamming distance to one anchor, which takes linear time where clustering would not. Token form (the published
     page form sums scores over a page); each head's representatives come from what that head rejected, so that none is
-    kept twice. Claim: a quarter of the LongBench cache with less than 1% accuracy lost, better than H2O or SnapKV alone.
+    kept twice. What always stays is up to the scorer (vLLM: the first 32 and the newest 128 entries). Claim: a quarter of the
+    LongBench cache with less than 1% accuracy lost, better than H2O or SnapKV alone.
 
     Attributes:
         share: part of the budget beyond the protected entries that goes to representatives (vLLM: 0.25; 0 is the scorer).

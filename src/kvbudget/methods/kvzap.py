@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from kvbudget.errors import PolicyError
-from kvbudget.policy.allocators.demand import ByDemand
+from kvbudget.policy.allocators.heads import JointTopK
+from kvbudget.policy.allocators.joint import GlobalTopK
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Protect, Recipe, Trigger
 from kvbudget.policy.gates import Gated, LinearGate
@@ -19,21 +20,23 @@ class KVzap(Recipe):
 
     Paper: Jegou and Jeblick, arXiv 2601.07891, 2026, section 3. A linear map per layer predicts the logarithm of the
     highest attention that an entry would get while the model repeats the text (KVzip); a token is scored when it comes, and
-    leaves when the window has passed it. How much is kept follows from the text; with a budget the heads get what they ask
-    for in proportion, and the window shrinks to half of it. ``kvbudget calibrate kvzap --model M`` trains it by forward
+    leaves when the window has passed it. How much is kept follows from the text; with a budget the threshold rises, the same
+    for all layers and heads, until what is above it fits, and the window shrinks to half of the budget; a forward is held
+    whole until its end, so a long prompt should come in chunks. ``kvbudget calibrate kvzap --model M`` trains it by forward
     passes. The gate reads the token's queries, keys and values before RoPE instead of the hidden state that they are linear
     maps of, and the target leaves out the norm of the value's output (KVzip+). Claim: 2 to 4 times smaller caches with
-    negligible loss.
+    negligible loss. Sinks are protected here: a few heads score them low, and losing them there costs most of the quality.
 
     Attributes:
         depth: entries leave below ``exp(-depth)`` (paper: 3 to 6).
         window: newest entries that always stay (paper: 128).
+        sinks: first entries that always stay (paper: 0).
         every: decode steps between two evictions (paper: 1).
         file: the calibration ("": where ``kvbudget calibrate`` puts it).
     """
 
     name = "kvzap"
-    role = "scorer and threshold"
+    role = "scorer, threshold and allocator over layers and heads"
     phase = "prefill and decode"
     paper = "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning, arXiv 2601.07891, 2026"
     needs = ("queries", "keys", "calibration")
@@ -42,6 +45,7 @@ class KVzap(Recipe):
 
     depth: float = 4.0
     window: int = 128
+    sinks: int = 4
     every: int = 16
     file: str = ""
     weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
@@ -53,9 +57,10 @@ class KVzap(Recipe):
     def parts(self) -> dict[str, Any]:
         return {
             "scorer": Gated(LinearGate(), self.weights),
-            "heads": ByDemand(-self.depth),
+            "layers": GlobalTopK(),
+            "heads": JointTopK(safeguard=0.0),
             "threshold": -self.depth,
-            "protect": Protect(recent=self.window, most=0.5),
+            "protect": Protect(sinks=self.sinks, recent=self.window, most=0.5),
             "trigger": Trigger(every=self.every),
         }
 

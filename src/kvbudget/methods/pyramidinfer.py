@@ -3,16 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from kvbudget.errors import PolicyError
 from kvbudget.policy.base import LayerAllocator, Protect, Recipe
-from kvbudget.policy.scorers.window import WindowAttention
-from kvbudget.policy.scoring import by_layer
-from kvbudget.policy.view import View
+from kvbudget.policy.scorers.windowed import LaterCountsMore
 
 
 @dataclass(frozen=True)
@@ -25,24 +20,6 @@ class CosineDecay(LayerAllocator):
         number = len(measured)
         rates = [(1 - self.decay) * (math.cos(math.pi * i / number) + 1) / 2 + self.decay for i in range(number)]
         return [math.prod(rates[:i]) for i in range(number)]
-
-
-@dataclass(frozen=True)
-class LaterCountsMore(WindowAttention):
-    """`WindowAttention` for all heads together, in which queries weigh from 1 to ``newest`` by their place in the window."""
-
-    aligned: ClassVar[bool] = True
-
-    kernel: int = 1
-    newest: float = 1.2
-
-    def observe(self, view: View) -> None:
-        decay = [max(0.0, 1.0 - new / self.window) for new in view.new_tokens]
-        weights = torch.linspace(1.0, self.newest, self.window, device=view.positions.device)
-        view.add_mass("votes", self.window, decay, self.reduction, weights)
-
-    def score(self, view: View) -> Tensor:
-        return by_layer(super().score(view))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def load(
 
     Raises KVBudgetError, in one line, for anything that cannot be found or read.
     """
-    number_format = _dtype(dtype, device)
+    place = _device(device)
+    number_format = _dtype(dtype, place)
     source = _resolve(str(name_or_path))
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
@@ -47,7 +48,7 @@ def load(
         if info["missing_keys"] or info["mismatched_keys"]:
             lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
             raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {lacking[0]}")
-        model = model.to(device).eval()
+        model = model.to(place).eval()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -67,10 +68,20 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> str | torch.dtype:
+def _device(device: str | torch.device) -> torch.device:
+    """A device that this torch can use."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise KVBudgetError(f"device {str(device)!r} cannot be used: {first_line(error)}; give cpu") from error
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
     """What `from_pretrained` takes as dtype."""
     if dtype is None:
-        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+        return torch.float32 if device.type == "cpu" else "auto"
     name = str(dtype).removeprefix("torch.")
     if name not in (*_DTYPES, "auto"):
         raise KVBudgetError(f"dtype {dtype!s} is not one of {', '.join(_DTYPES)}, auto")

@@ -123,7 +123,9 @@ class Policy:
         try:
             Path(path).write_text(yaml.safe_dump({"policy": items}, sort_keys=False), encoding="utf-8")
         except OSError as error:
-            raise PolicyError(f"policy file {str(path)!r} cannot be written: {error}") from error
+            raise PolicyError(
+                f"policy file {str(path)!r} cannot be written: {error.strerror}; give another path"
+            ) from error
 
 
 def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -183,12 +185,20 @@ def read_yaml(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PolicyError(f"policy file {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise PolicyError(f"policy file {str(path)!r} cannot be read: {reason}") from error
+    unknown = [key for key in content if key != "policy"] if isinstance(content, dict) else []
+    if unknown:
+        raise PolicyError(
+            f"policy file {str(path)!r} has no field {unknown[0]!r}; the only one is policy, a list of methods"
+        )
     items = content.get("policy") if isinstance(content, dict) else None
     if isinstance(items, str):
         return parse_terms(items)
     if not isinstance(items, list) or not items:
-        raise PolicyError(f"policy file {str(path)!r} has no list under 'policy:'")
+        raise PolicyError(
+            f"policy file {str(path)!r} has no list under 'policy:'; write one, such as policy: [snapkv: {{window: 64}}, adakv]"
+        )
     terms: list[tuple[str, dict[str, Any]]] = []
     for item in items:
         name, parameters = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})

@@ -55,6 +55,9 @@ def parse(text: str) -> Task:
         default = declared[key].default
         if default not in (MISSING, None) and type(value) is not type(default):
             raise KVBudgetError(f"task {name}: {key}={value!r} must be of the kind of the default {default!r}")
+        least = 1 if default else 0
+        if type(value) is int and value < least:
+            raise KVBudgetError(f"task {name}: {key}={value} must be at least {least}")
     return kind(**parameters)
 
 

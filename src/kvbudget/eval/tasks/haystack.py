@@ -55,7 +55,9 @@ def bury(
     start = beginning(tokenizer).tolist()
     room = length - len(start) - sum(map(len, pins))
     if room <= 0:
-        raise KVBudgetError(f"{len(needles)} needles do not fit into {length} tokens; give a longer context")
+        raise KVBudgetError(
+            f"a context of {length} tokens has no room for text beside what is hidden in it; give more than {length - room} tokens"
+        )
     straw: list[list[int]] = []
     edges = [0]
     for ids in _ids(tokenizer, sentences):

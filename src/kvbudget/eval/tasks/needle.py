@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from kvbudget.errors import KVBudgetError
 from kvbudget.eval.tasks.base import Example, Probe, Task
 from kvbudget.eval.tasks.haystack import CITIES, bury, number
 from kvbudget.eval.texts import encode_pair, haystacks
@@ -34,6 +35,10 @@ class Needle(Task):
     length: int = 1024
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     text: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.depths or not all(isinstance(depth, (int, float)) and 0 <= depth <= 1 for depth in self.depths):
+            raise KVBudgetError(f"task needle: depths={self.depths!r} must be numbers from 0 (beginning) to 1 (end)")
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
         cells = len(self.depths)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kvbudget.errors import KVBudgetError
 from kvbudget.eval.tasks.base import Example, Probe, Task
 from kvbudget.eval.texts import beginning, passages
 
@@ -37,6 +38,13 @@ class Recall(Task):
     skip: int = 8
     spans: int = 4
     text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.skip >= self.tokens or self.tokens * self.spans > self.length:
+            raise KVBudgetError(
+                f"task recall: {self.spans} spans of {self.tokens} tokens, of which {self.skip} are skipped, in {self.length} "
+                "tokens leave nothing to score; give skip < tokens, and tokens times spans at most length"
+            )
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0) -> list[Example]:
         start = beginning(tokenizer)

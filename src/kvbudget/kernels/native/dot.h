@@ -1,6 +1,8 @@
 // Logit micro-kernels: dot products of a few queries with rows of keys, codes entering as they are stored.
 #pragma once
 
+#include <type_traits>
+
 #include "codec.h"
 
 namespace kvbudget {
@@ -103,6 +105,21 @@ void dot_rows(Rows rows, int n, const float* q, int64_t q_stride, int chunks, co
 KV_INLINE int next_tile(int remaining) {
   if (KV_QUERY_TILE < 4) return remaining < KV_QUERY_TILE ? remaining : KV_QUERY_TILE;
   return remaining % 4 == 0 ? 4 : remaining < 3 ? remaining : 3;
+}
+
+// Calls body(m, MT) for every register tile of MT queries from m on.
+template <class Body>
+KV_INLINE void with_tiles(int queries, Body&& body) {
+  for (int m = 0; m < queries;) {
+    const int tile = next_tile(queries - m);
+    if (tile == 1) body(m, std::integral_constant<int, 1>{});
+    if (tile == 2) body(m, std::integral_constant<int, 2>{});
+    if constexpr (KV_QUERY_TILE == 4) {
+      if (tile == 3) body(m, std::integral_constant<int, 3>{});
+      if (tile == 4) body(m, std::integral_constant<int, 4>{});
+    }
+    m += tile;
+  }
 }
 
 template <class C, bool Scaled>

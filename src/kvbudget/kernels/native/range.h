@@ -26,7 +26,7 @@ struct Side {
   float* expanded;       // [kTile][lanes] for operands without a direct form
   uint8_t* copied;       // [kTile + 4 * W] rows that are gathered, widened, or read past the range
   int words;             // keys that lanes.h reads: words per row; else 0
-  uint32_t* turned;      // [words][kLanes]
+  uint32_t* turned;      // [8][kLanes]
   Table table;           // of codebook operands
 };
 
@@ -88,7 +88,7 @@ KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, S
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
   side.copied = arena.take<uint8_t>(direct ? static_cast<size_t>(kTile + 4 * W) * row_bytes(x) : 0);
   side.words = lane_words(x);
-  side.turned = arena.take<uint32_t>(static_cast<size_t>(side.words) * kLanes);
+  side.turned = arena.take<uint32_t>(side.words ? 8 * kLanes : 0);
   if (!by_table(x)) return;
   side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
   side.table.lanes = arena.take<float>(W * x.width);
@@ -242,11 +242,10 @@ KV_INLINE void prepare_query(const Job& job, State& s, int row) {
   describe(job.key, s.key);
   to_float(job.query, job.query_type, static_cast<int64_t>(row) * M * D, M * D, s.query);
   for (int i = 0; i < M * D; ++i) s.query[i] *= job.scale;
+  if (s.key.words) lay_lanes(s.query, M, D, s.key.words, kernel_bits(job.key), s.permuted);
   for (int m = 0; m < M; ++m) {
     const float* q = s.query + m * D;
-    if (s.key.words)
-      for (int d = 0; d < D; ++d) s.permuted[m * lanes + d] = q[d] * unit_of(d, s.key.words, kernel_bits(job.key));
-    else
+    if (!s.key.words)
       for (int i = 0; i < lanes; ++i) s.permuted[m * lanes + i] = q[s.key.channel[i]] * s.key.unit[i];
     if (job.key.kind == Kind::token)
       for (int j = 0; j < s.key.groups; ++j) {
@@ -267,26 +266,18 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
   const int64_t bytes = static_cast<int64_t>(D) * type_bytes(x.type);
   prefetch(x.zero + (group + 1) * bytes, bytes);
   prefetch(x.scale + (group + 1) * bytes, bytes);
-  to_float(x.zero, x.type, group * D, D, s.key.meta);
-  const float share = s.key.words ? 1.0f : static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
+  to_float(x.zero, x.type, group * D, D, s.key.zero);
+  to_float(x.scale, x.type, group * D, D, s.key.meta);
+  if (s.key.words) return scale_lanes(s.permuted, s.query, s.key.meta, s.key.zero, M, D, s.scaled, s.bias);
+  const float share = static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
+  permute(s.key.order, s.key.meta, s.key.scale);
   for (int m = 0; m < M; ++m) {
-    vf bias[2] = {};
-    for (int i = 0; i < D; i += 2 * W) {  // codes with a direct form have a multiple of 32 channels
-      bias[0] += load(s.query + m * D + i) * load(s.key.meta + i);
-      bias[1] += load(s.query + m * D + i + W) * load(s.key.meta + i + W);
-    }
-    s.bias[m] = sum(bias[0] + bias[1]) * share;
-  }
-  const int filled = s.key.words ? D : lanes;
-  if (s.key.words) {
-    to_float(x.scale, x.type, group * D, D, s.key.scale);
-  } else {
-    to_float(x.scale, x.type, group * D, D, s.key.meta);
-    permute(s.key.order, s.key.meta, s.key.scale);
-  }
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < filled; i += W)
+    vf bias = {};
+    for (int i = 0; i < D; i += W) bias += load(s.query + m * D + i) * load(s.key.zero + i);
+    s.bias[m] = sum(bias) * share;
+    for (int i = 0; i < lanes; i += W)
       store(s.scaled + m * lanes + i, load(s.permuted + m * lanes + i) * load(s.key.scale + i));
+  }
 }
 
 // Logits of n entries from t on, scaled, capped, biased and masked: s.logits[m, 0 : n], -inf up to a multiple of W.
@@ -325,8 +316,7 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
     }
     const Rows rows = point(x, side, row, t + at, count, end, s.block, side.words ? kLanes : 4 * side.order.entries);
     if (side.words)
-      dot_lanes(kernel_bits(x), rows, rows.step / side.order.entries, count, q, side.lanes, M, side.words, s.bias, side.turned,
-                s.logits + at, stride);
+      dot_lanes(kernel_bits(x), rows, count, q, x.width, M, side.words, s.bias, side.turned, s.logits + at, stride);
     else
       dot(side.order.codec, rows, count, q, side.lanes, M, side.chunks, s.bias,
           token && side.groups > 1 ? &scales : nullptr, at, s.logits + at, stride);
@@ -445,19 +435,28 @@ KV_INLINE void repeat_weights(const float* p, int count, int entries, float* to)
   }
 }
 
-// Weights times the scales of channel group j (per-token values) for query m; returns the sum of weight * zero.
-KV_INLINE float scale_weights(State& s, int j, int m, int M, int n, int stride) {
+// Weights times the scales of channel group j (per-token values), and the sums of weight * zero.
+KV_INLINE void scale_weights(State& s, int j, int M, int n, int stride) {
   const Side& side = s.value;
   const int entries = side.order.entries, repeat = entries > 1 ? W / entries : 1, span = s.block + W;
-  const float *p = s.logits + m * stride, *scale = side.scale + j * span, *zero = side.zero + j * span;
-  float* to = s.weights + static_cast<size_t>(j * M + m) * span * repeat;
-  vf total = splat(0.0f);
-  for (int i = 0; i < n; i += W) {
-    const vf y = load(p + i);
-    total += y * load(zero + i);
-    repeat_lanes(y * load(scale + i), entries, to + i * repeat);
-  }
-  return sum(total);
+  const float *scale = side.scale + j * span, *zero = side.zero + j * span;
+  with_tiles(M, [&](int first, auto tile) {
+    constexpr int MT = decltype(tile)::value;
+    const float* p = s.logits + first * stride;
+    float* to = s.weights + static_cast<size_t>(j * M + first) * span * repeat;
+    vf total[MT] = {};
+    for (int i = 0; i < n; i += W) {
+      const vf x = load(scale + i), z = load(zero + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < MT; ++m) {
+        const vf y = load(p + m * stride + i);
+        total[m] += y * z;
+        repeat_lanes(y * x, entries, to + m * span * repeat + i * repeat);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MT; ++m) s.zero_sums[(first + m) * side.groups + j] += sum(total[m]);
+  });
 }
 
 KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
@@ -471,8 +470,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   if (token) {
     token_meta(x, side, x.scale, row, t, n, s.block, side.scale);
     token_meta(x, side, x.zero, row, t, n, s.block, side.zero);
-    for (int j = 0; j < side.groups; ++j)
-      for (int m = 0; m < M; ++m) s.zero_sums[m * side.groups + j] += scale_weights(s, j, m, M, n, stride);
+    for (int j = 0; j < side.groups; ++j) scale_weights(s, j, M, n, stride);
   }
   float* acc = channel ? s.group_sums : s.sums;
   if (channel) std::memset(acc, 0, sizeof(float) * M * side.lanes);

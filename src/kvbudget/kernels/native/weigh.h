@@ -27,6 +27,7 @@ void weigh_rows(const Rows& rows, int n, const Weights& w, const int* group_of, 
       for (int m = 0; m < MT; ++m)
         for (int i = 0; i < V; ++i) x[m][i] = load(to + m * acc_stride + i * W);
       const uint8_t* row = rows.base + c * C::chunk;
+#pragma GCC unroll 2
       for (int t = 0; t < n; ++t, row += rows.step) {
         if (s == 0)
           for (int i = 0; i < C::chunk; i += 64) __builtin_prefetch(row + rows.ahead + i, 0, 2);
@@ -55,22 +56,13 @@ void weigh_rows(const Rows& rows, int n, const Weights& w, const int* group_of, 
 }
 
 // rows: n vectors of rows.
-KV_INLINE void weigh(Codec codec, const Rows& rows, int n, Weights w, const int* group_of, int queries, int chunks,
+KV_INLINE void weigh(Codec codec, const Rows& rows, int n, const Weights& w, const int* group_of, int queries, int chunks,
                      float* acc, int64_t acc_stride) {
   with_codec(codec, [&](auto c) {
-    using C = decltype(c);
-    for (int m = 0; m < queries;) {
-      const int tile = next_tile(queries - m);
-      float* to = acc + m * acc_stride;
-      if (tile == 1) weigh_rows<C, 1>(rows, n, w, group_of, chunks, to, acc_stride);
-      if (tile == 2) weigh_rows<C, 2>(rows, n, w, group_of, chunks, to, acc_stride);
-      if constexpr (KV_QUERY_TILE == 4) {
-        if (tile == 3) weigh_rows<C, 3>(rows, n, w, group_of, chunks, to, acc_stride);
-        if (tile == 4) weigh_rows<C, 4>(rows, n, w, group_of, chunks, to, acc_stride);
-      }
-      w.data += tile * w.stride;
-      m += tile;
-    }
+    with_tiles(queries, [&](int m, auto tile) {
+      const Weights part{w.data + m * w.stride, w.stride, w.group_stride};
+      weigh_rows<decltype(c), decltype(tile)::value>(rows, n, part, group_of, chunks, acc + m * acc_stride, acc_stride);
+    });
   });
 }
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvbudget.policy.scorers.window import WindowAttention
@@ -33,3 +34,21 @@ class WindowPeaks(WindowAttention):
         units = view.positions.clamp_min(0).long() // self.width
         best = best_of_units(super().score(view).masked_fill(~view.valid, 0.0), units, max(1, self.width // 2))
         return by_layer(best)
+
+
+@dataclass(frozen=True)
+class LaterCountsMore(WindowAttention):
+    """`WindowAttention` for all heads together, in which queries weigh from 1 to ``newest`` by their place in the window."""
+
+    aligned: ClassVar[bool] = True
+
+    kernel: int = 1
+    newest: float = 1.2
+
+    def observe(self, view: View) -> None:
+        decay = [max(0.0, 1.0 - new / self.window) for new in view.new_tokens]
+        weights = torch.linspace(1.0, self.newest, self.window, device=view.positions.device)
+        view.add_mass("votes", self.window, decay, self.reduction, weights)
+
+    def score(self, view: View) -> Tensor:
+        return by_layer(super().score(view))
