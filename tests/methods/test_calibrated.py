@@ -29,6 +29,7 @@ POLICIES = (
     "h2o+kv_heads",
     "snapkv(window=8)+headkv",
     "snapkv(window=8)+chai",
+    "snapkv(window=8)+epicache_layers",
     "h2o+compresskv(least=8)",
     "fast_kvzip(window=8)",
     "kvzap(window=8, depth=0)",
@@ -85,6 +86,7 @@ def artifacts(model: PreTrainedModel) -> dict[str, tuple[dict[str, Tensor], dict
             },
             {},
         ),
+        "epicache_layers": ({"similarity": torch.tensor([0.9, 0.6])}, {}),
         "kvsharer": ({"owners": torch.tensor([0, 0])}, {}),
         "chai": (
             {

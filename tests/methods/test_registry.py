@@ -96,13 +96,13 @@ def check(cache: KVCache, known: Sequence[Tensor]) -> None:
                 assert row[len(row) - recent :] == list(range(seen - recent, seen)), store.layer_idx
 
 
-@pytest.mark.parametrize("budget", [400, "1GiB", "100%"])
+@pytest.mark.parametrize("budget", ["1GiB", "100%"])
 @pytest.mark.parametrize("name", METHODS)
 def test_exact_where_everything_fits(name, budget):
     model, ids = tiny_model("llama"), random_text(110)
     with torch.inference_mode():
         expected = model(ids).logits
-    size = {400: 100, "1GiB": 64, "100%": 7}[budget]
+    size = {"1GiB": 100, "100%": 7}[budget]
     cache = new_cache(model, name, budget, max_length=110)
     logits = feed(model, cache, ids, chunks(100, size) + [1] * 10)
     if cache.policy.lossless_when_fits:
@@ -150,7 +150,7 @@ def test_padded_rows_equal_their_single_runs(name, budget, steps):
         torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (9, 3)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (8, 1)], ids=lambda h: f"{h[0]}q{h[1]}kv")
 @pytest.mark.parametrize("name", EVICTING)
 def test_all_head_groups(name, heads):
     model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1])
