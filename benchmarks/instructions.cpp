@@ -3,6 +3,7 @@
 //   g++ -std=c++17 -O3 -mavx2 -mfma -mf16c -Wno-psabi -I src/kvbudget/kernels/native benchmarks/instructions.cpp -o count
 //   ./count 64 3 4            head_dim, queries, bits (32 and 16: dense): time-stamp cycles per entry, data in the cache
 //   ./count 64 3 4 stream     the same with data from memory, beside what reading these bytes alone takes
+//   -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=256 added: the AVX-512 kernels, cycles only
 //   valgrind --tool=callgrind --toggle-collect='*attend*' ./count 64 3 4 once     instructions of 2048 entries
 #define KV_TABLE avx2_kernels
 #define KV_NAME "avx2"

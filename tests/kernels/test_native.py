@@ -382,6 +382,24 @@ def test_kept_logits_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         close(got_row, want_row)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_outlier_scales_cost_no_precision(instruction_set: str, bits: int) -> None:
+    """Channels and entries a hundred times larger than others (as keys' outliers are), and scales of either sign."""
+    g = torch.Generator().manual_seed(bits)
+    keys, values = (
+        channel_codes(g, [300], 128, bits, 32, torch.float32),
+        token_codes(g, [300], 128, bits, 32, torch.float32),
+    )
+    for operand in (keys, values):
+        signs = torch.where(torch.rand(operand.scale.shape, generator=g) < 0.5, -1.0, 1.0)
+        operand.scale *= signs * 100.0 ** torch.rand(operand.scale.shape, generator=g)
+    query = torch.randn(1, 4, 128, generator=g)
+    got = native.attend(query, keys, values, [300], scale=0.001)
+    want = reference.attend(query.double(), keys, values, [300], scale=0.001)
+    close(got.out.double(), want.out.double())
+    close(got.lse.double(), want.lse.double())
+
+
 def test_constant_groups_stay_finite() -> None:
     """A zero scale means a constant group: its entries are the zero point, never NaN."""
     codes = torch.zeros(4, packed_width(64, 2), dtype=torch.uint8)

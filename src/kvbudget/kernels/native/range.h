@@ -2,13 +2,14 @@
 #pragma once
 
 #include "codebook.h"
-#include "lanes.h"
+#include "limbs.h"
 #include "weigh.h"
 
 namespace kvbudget {
 namespace {
 
 constexpr int kTile = 32;  // entries whose rows stay in the first-level cache while all queries use them
+constexpr int kBytes = 8192;  // values that stay there while one part of their channels after the other is weighed
 constexpr float kInfinity = __builtin_inff();
 
 // Rows of an operand as the micro-kernels read them.
@@ -27,6 +28,7 @@ struct Side {
   uint8_t* copied;       // [kTile + 4 * W] rows that are gathered, widened, or read past the range
   int words;             // keys that lanes.h reads: words per row; else 0
   uint32_t* turned;      // [8][kLanes]
+  bool limbs;            // values that limbs.h reads: their sums are in the order of channels
   Table table;           // of codebook operands
 };
 
@@ -37,6 +39,8 @@ struct State {
   float* scaled;       // [M, lanes] times the group's scales (per-channel keys)
   float* query_sums;   // [M, groups]
   float* bias;         // [M]
+  float* key_step;     // [M] of the limbs in `scaled` (per-channel keys) or `permuted`
+  float* value_step;   // [groups][M] of the limbs in `weights`
   float* logits;       // [M, block + 16]
   float* weights;      // value weights, see weigh.h
   float* sums;         // [M, lanes of the value]
@@ -88,7 +92,7 @@ KV_INLINE void lay_out(const Operand& x, int queries, int block, Arena& arena, S
   side.expanded = arena.take<float>(direct ? 0 : static_cast<size_t>(kTile) * side.lanes);
   side.copied = arena.take<uint8_t>(direct ? static_cast<size_t>(kTile + 4 * W) * row_bytes(x) : 0);
   side.words = lane_words(x);
-  side.turned = arena.take<uint32_t>(side.words ? 8 * kLanes : 0);
+  side.turned = arena.take<uint32_t>(side.words && !kLimbs ? 8 * kLanes : 0);
   if (!by_table(x)) return;
   side.table.sums = arena.take<float>(W * lane_groups(queries) * table_size(x.book));
   side.table.lanes = arena.take<float>(W * x.width);
@@ -120,15 +124,18 @@ KV_INLINE size_t lay_out(const Job& job, uint8_t* base, State& s) {
   s.scaled = arena.take<float>(M * s.key.lanes);
   s.query_sums = arena.take<float>(M * s.key.groups);
   s.bias = arena.take<float>(M);
+  s.key_step = arena.take<float>(kLimbs ? M : 0);
   s.logits = arena.take<float>(M * (s.block + 16));
   s.top = arena.take<float>(M);
   s.total = arena.take<float>(M);
   if (job.value.data) {
     lay_out(job.value, job.queries, s.block, arena, s.value);
+    s.value.limbs = kLimbs && has_limbs(job.value);
     s.weights = arena.take<float>(M * copies_of(job.value) * (s.block + W));
     s.sums = arena.take<float>(M * s.value.lanes);
     s.group_sums = arena.take<float>(M * s.value.lanes);
     s.zero_sums = arena.take<float>(M * s.value.groups);
+    s.value_step = arena.take<float>(kLimbs ? M * s.value.groups : 0);
   }
   return arena.used + 64;
 }
@@ -139,6 +146,13 @@ size_t scratch_bytes(const Job& job) {
 }
 
 KV_INLINE void describe(const Operand& x, Side& side) {
+  if (side.limbs) {
+    for (int d = 0; d < side.lanes; ++d) {
+      side.channel[d] = d < x.width ? d : 0;
+      side.unit[d] = d < x.width ? 1.0f : 0.0f;
+    }
+    return;
+  }
   const Order& o = side.order;
   const bool direct = o.codec != Codec::expand;
   for (int v = 0; v < o.vectors; ++v) {
@@ -242,7 +256,8 @@ KV_INLINE void prepare_query(const Job& job, State& s, int row) {
   describe(job.key, s.key);
   to_float(job.query, job.query_type, static_cast<int64_t>(row) * M * D, M * D, s.query);
   for (int i = 0; i < M * D; ++i) s.query[i] *= job.scale;
-  if (s.key.words) lay_lanes(s.query, M, D, s.key.words, kernel_bits(job.key), s.permuted);
+  if (s.key.words && !kLimbs) lay_lanes(s.query, M, D, s.key.words, kernel_bits(job.key), s.permuted);
+  if (s.key.words && kLimbs) scale_limbs(s.query, nullptr, nullptr, M, D, s.permuted, s.key_step, s.bias);
   for (int m = 0; m < M; ++m) {
     const float* q = s.query + m * D;
     if (!s.key.words)
@@ -268,6 +283,7 @@ KV_INLINE void prepare_group(const Job& job, State& s, int64_t group) {
   prefetch(x.scale + (group + 1) * bytes, bytes);
   to_float(x.zero, x.type, group * D, D, s.key.zero);
   to_float(x.scale, x.type, group * D, D, s.key.meta);
+  if (s.key.words && kLimbs) return scale_limbs(s.query, s.key.meta, s.key.zero, M, D, s.scaled, s.key_step, s.bias);
   if (s.key.words) return scale_lanes(s.permuted, s.query, s.key.meta, s.key.zero, M, D, s.scaled, s.bias);
   const float share = static_cast<float>(s.key.order.entries) / W;  // the lanes of an entry add it up again
   permute(s.key.order, s.key.meta, s.key.scale);
@@ -315,7 +331,9 @@ KV_INLINE void block_logits(const Job& job, State& s, int row, int64_t t, int n,
       q = s.scaled;
     }
     const Rows rows = point(x, side, row, t + at, count, end, s.block, side.words ? kLanes : 4 * side.order.entries);
-    if (side.words)
+    if (side.words && kLimbs)
+      dot_limbs(kernel_bits(x), rows, count, q, x.width, M, side.words, s.key_step, s.bias, s.logits + at, stride);
+    else if (side.words)
       dot_lanes(kernel_bits(x), rows, count, q, x.width, M, side.words, s.bias, side.turned, s.logits + at, stride);
     else
       dot(side.order.codec, rows, count, q, side.lanes, M, side.chunks, s.bias,
@@ -459,6 +477,21 @@ KV_INLINE void scale_weights(State& s, int j, int M, int n, int stride) {
   });
 }
 
+KV_INLINE void block_values_by_limbs(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
+  const Operand& x = job.value;
+  Side& side = s.value;
+  weight_limbs(s.logits, s.block + 16, job.queries, n, side.scale, side.zero, side.groups, s.block + W, s.block, s.bias, s.weights,
+               s.value_step, s.zero_sums);
+  for (int at = 0, count; at < n; at += count) {
+    const int most = x.index || x.bits == 3 ? kTile : kBytes / static_cast<int>(x.stride) / 4 * 4;
+    count = n - at < most ? n - at : most;
+    if (count > kTile) count = count / 4 * 4;  // more rows than `copied` holds are read where they lie
+    const Rows rows = point(x, side, row, t + at, count, end, s.block, 4);
+    weigh_limbs(x, rows.base, rows.step / side.order.entries, rows.ahead, count, s.weights + at, s.block, s.value_step,
+                job.queries, s.sums, side.lanes);
+  }
+}
+
 KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n, int64_t end) {
   const Operand& x = job.value;
   Side& side = s.value;
@@ -470,6 +503,7 @@ KV_INLINE void block_values(const Job& job, State& s, int row, int64_t t, int n,
   if (token) {
     token_meta(x, side, x.scale, row, t, n, s.block, side.scale);
     token_meta(x, side, x.zero, row, t, n, s.block, side.zero);
+    if (side.limbs) return block_values_by_limbs(job, s, row, t, n, end);
     for (int j = 0; j < side.groups; ++j) scale_weights(s, j, M, n, stride);
   }
   float* acc = channel ? s.group_sums : s.sums;
