@@ -77,116 +77,141 @@ KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
 }
 
 // Rounded codes; x may be far outside of the range of its group where half precision cut the zero off.
-KV_INLINE vf codes_of(vf x, vf s, vf z, vf levels) {
-  const vf magic = splat(12582912.0f);
-  return (vmin(vmax((x - z) / s, splat(0.0f)), levels) + magic) - magic;
+KV_INLINE vi codes_of(vf x, vf s, vf z, vf levels) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the last bits
+  return (vi)(vmin(vmax((x - z) / s, splat(0.0f)), levels) + magic) & 0xff;
 }
 
-// Eight codes below 256 as bytes.
-KV_INLINE void store_bytes(uint8_t* p, vf codes) {
-  vu x = (vu)__builtin_convertvector(codes, vi) << vu{0, 8, 16, 24, 0, 8, 16, 24};
+KV_INLINE vi load_codes(const int32_t* p) { return (vi)load(reinterpret_cast<const float*>(p)); }
+KV_INLINE void store_codes(int32_t* p, vi x) { store(reinterpret_cast<float*>(p), (vf)x); }
+
+// Codes of the slabs side by side in W bytes' worth of lanes.
+KV_INLINE vi join_slabs(const int32_t* codes, int slab, int bits) {
+  vi byte = load_codes(codes);
+  for (int j = 1; j < 8 / bits; ++j) byte |= load_codes(codes + j * slab) << (j * bits);
+  return byte;
+}
+
+// Eight lanes below 256 as bytes.
+KV_INLINE void store_bytes(uint8_t* p, vi byte) {
+  vu x = (vu)byte << vu{0, 8, 16, 24, 0, 8, 16, 24};
   x |= KV_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
   x |= KV_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
   const uint32_t words[2] = {x[0], x[4]};
   std::memcpy(p, words, 8);
 }
 
-// Codes [width] as floats into slabs of `bits` bits each.
-KV_INLINE void pack_plane(const float* codes, int width, int bits, uint8_t* out) {
-  const int slab = packed_bytes(width, bits), slabs = 8 / bits;
+// Codes [width] into slabs of `bits` bits each.
+KV_INLINE void pack_plane(const int32_t* codes, int width, int bits, uint8_t* out) {
+  const int slab = packed_bytes(width, bits);
   int i = 0;
-  for (; i + W <= slab; i += W) {
-    vf byte = load(codes + i);
-    for (int j = 1; j < slabs; ++j) byte += load(codes + i + j * slab) * splat(static_cast<float>(1 << (j * bits)));
-    store_bytes(out + i, byte);
+#if defined(__AVX2__)
+  for (; i + 4 * W <= slab; i += 4 * W) {
+    const auto bytes = [&](int k) { return (__m256i)join_slabs(codes + i + k * W, slab, bits); };
+    const __m256i quarters = _mm256_packus_epi16(_mm256_packus_epi32(bytes(0), bytes(1)), _mm256_packus_epi32(bytes(2), bytes(3)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm256_permutevar8x32_epi32(quarters, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
   }
+#endif
+  for (; i + W <= slab; i += W) store_bytes(out + i, join_slabs(codes + i, slab, bits));
   for (; i < slab; ++i) {
-    float byte = codes[i];
-    for (int j = 1; j < slabs; ++j) byte += codes[i + j * slab] * static_cast<float>(1 << (j * bits));
+    int32_t byte = 0;
+    for (int j = 0; j < 8 / bits; ++j) byte |= codes[i + j * slab] << (j * bits);
     out[i] = static_cast<uint8_t>(byte);
   }
 }
 
 // codes [width] are overwritten where they have three bits.
-KV_INLINE void pack_row(float* codes, int width, int bits, uint8_t* out) {
+KV_INLINE void pack_row(int32_t* codes, int width, int bits, uint8_t* out) {
   if (bits != 3) return pack_plane(codes, width, bits, out);
-  float high[1024];
+  int32_t high[1024];
   for (int i = 0; i < width; i += W) {
-    const vi code = __builtin_convertvector(load(codes + i), vi);
-    store(high + i, __builtin_convertvector(code >> 2, vf));
-    store(codes + i, __builtin_convertvector(code & 3, vf));
+    const vi code = load_codes(codes + i);
+    store_codes(high + i, code >> 2);
+    store_codes(codes + i, code & 3);
   }
   pack_plane(codes, width, 2, out);
   pack_plane(high, width, 1, out + width / 4);
 }
 
-// Row i of x as floats: x itself or a converted copy.
-KV_INLINE const float* float_row(const Dense& x, int64_t i, float* copy) {
-  const uint8_t* row = x.data + i * x.stride;
-  if (x.type == Type::f32) return reinterpret_cast<const float*>(row);
-  to_float(row, x.type, 0, x.width, copy);
-  return copy;
+// W elements of a row from channel d on.
+template <Type T>
+KV_INLINE vf load_as(const uint8_t* row, int d) {
+  if constexpr (T == Type::f32) return load_bytes(row + 4 * d);
+  return T == Type::bf16 ? load_bf16(row + 2 * d) : load_half(row + 2 * d);
 }
 
 // Entries [begin, end) with one scale and zero per `group` consecutive channels.
-void encode_tokens(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
+template <Type T>
+void encode_tokens_of(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
   const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits);
   const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) float copy[1024], codes[1024];
+  alignas(32) int32_t codes[1024 + W];
   for (int64_t t = begin; t < end; ++t) {
-    const float* row = float_row(x, t, copy);
+    const uint8_t* row = x.data + t * x.stride;
     for (int g = 0; g < groups; ++g) {
-      const float* in = row + g * group;
-      vf low = splat(in[0]), high = low;
-      int i = 0;
-      for (; i + W <= group; i += W) {
-        const vf v = load(in + i);
+      const int first = g * group, rest = first + group / W * W, last = first + group;
+      vf low = splat(element(row, T, first)), high = low;
+      for (int d = first; d < rest; d += W) {
+        const vf v = load_as<T>(row, d);
         low = vmin(low, v);
         high = vmax(high, v);
       }
-      for (; i < group; ++i) {
-        low = vmin(low, splat(in[i]));
-        high = vmax(high, splat(in[i]));
+      for (int d = rest; d < last; ++d) {
+        low = vmin(low, splat(element(row, T, d)));
+        high = vmax(high, splat(element(row, T, d)));
       }
       low = across(low, [](vf a, vf b) { return vmin(a, b); });
       high = across(high, [](vf a, vf b) { return vmax(a, b); });
       const Steps steps = steps_of(low, high, levels);
       reinterpret_cast<u16_memory*>(to.scale)[t * groups + g] = static_cast<uint16_t>(steps.scale[0]);
       reinterpret_cast<u16_memory*>(to.zero)[t * groups + g] = static_cast<uint16_t>(steps.zero[0]);
-      for (i = 0; i + W <= group; i += W) store(codes + g * group + i, codes_of(load(in + i), steps.s, steps.z, levels));
-      for (; i < group; ++i) codes[g * group + i] = codes_of(splat(in[i]), steps.s, steps.z, levels)[0];
+      for (int d = first; d < rest; d += W) store_codes(codes + d, codes_of(load_as<T>(row, d), steps.s, steps.z, levels));
+      for (int d = rest; d < last; ++d) codes[d] = codes_of(splat(element(row, T, d)), steps.s, steps.z, levels)[0];
     }
     pack_row(codes, D, bits, to.codes + t * bytes);
   }
 }
 
 // Units [begin, end) of `unit` consecutive entries with one scale and zero per channel; the width is a multiple of W.
-void encode_units(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
+template <Type T>
+void encode_units_of(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
   const int D = x.width, bytes = packed_bytes(D, bits);
   const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) float copy[1024], codes[1024], least[1024], most[1024], s[1024], z[1024];
+  alignas(32) float s[1024], z[1024];
+  alignas(32) int32_t codes[1024];
   for (int64_t u = begin; u < end; ++u) {
-    for (int t = 0; t < unit; ++t) {
-      const float* row = float_row(x, u * unit + t, copy);
-      for (int d = 0; d < D; d += W) {
-        const vf v = load(row + d);
-        store(least + d, t ? vmin(load(least + d), v) : v);
-        store(most + d, t ? vmax(load(most + d), v) : v);
-      }
-    }
+    const uint8_t* rows = x.data + u * unit * x.stride;
     for (int d = 0; d < D; d += W) {
-      const Steps steps = steps_of(load(least + d), load(most + d), levels);
+      vf least = load_as<T>(rows, d), most = least;
+      for (int t = 1; t < unit; ++t) {
+        const vf v = load_as<T>(rows + t * x.stride, d);
+        least = vmin(least, v);
+        most = vmax(most, v);
+      }
+      const Steps steps = steps_of(least, most, levels);
       *reinterpret_cast<v8i16_memory*>(to.scale + 2 * (u * D + d)) = steps.scale;
       *reinterpret_cast<v8i16_memory*>(to.zero + 2 * (u * D + d)) = steps.zero;
       store(s + d, steps.s);
       store(z + d, steps.z);
     }
-    for (int t = 0; t < unit; ++t) {
-      const float* row = float_row(x, u * unit + t, copy);
-      for (int d = 0; d < D; d += W) store(codes + d, codes_of(load(row + d), load(s + d), load(z + d), levels));
+    for (int t = 0; t < unit; ++t, rows += x.stride) {
+      for (int d = 0; d < D; d += W) store_codes(codes + d, codes_of(load_as<T>(rows, d), load(s + d), load(z + d), levels));
       pack_row(codes, D, bits, to.codes + (u * unit + t) * bytes);
     }
   }
+}
+
+void encode_tokens(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
+  if (x.type == Type::f32) return encode_tokens_of<Type::f32>(x, bits, group, begin, end, to);
+  if (x.type == Type::bf16) return encode_tokens_of<Type::bf16>(x, bits, group, begin, end, to);
+  encode_tokens_of<Type::f16>(x, bits, group, begin, end, to);
+}
+
+void encode_units(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
+  if (x.type == Type::f32) return encode_units_of<Type::f32>(x, bits, unit, begin, end, to);
+  if (x.type == Type::bf16) return encode_units_of<Type::bf16>(x, bits, unit, begin, end, to);
+  encode_units_of<Type::f16>(x, bits, unit, begin, end, to);
 }
 
 }  // namespace
