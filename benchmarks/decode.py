@@ -277,9 +277,16 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
     lengths = sorted({record["length"] for record in records})
     figure, (speed, size) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in dict.fromkeys(record["name"] for record in records):
+    colors = plt.get_cmap("tab20").colors
+    for i, name in enumerate(dict.fromkeys(record["name"] for record in records)):
         mine = sorted((r for r in records if r["name"] == name), key=lambda r: r["length"])
-        style = {"marker": "o", "markersize": 3, "linestyle": "-" if name.startswith("kvbudget") else "--"}
+        own = name.startswith("kvbudget")
+        style = {
+            "marker": "o",
+            "markersize": 3,
+            "linestyle": "-" if own else "--",
+            "color": colors[(2 * i + 2 * i // 20) % 20],
+        }
         speed.plot([r["length"] for r in mine], [r["tokens_per_s"] for r in mine], label=name, **style)
         size.plot([r["length"] for r in mine], [r["bytes"] / MIB for r in mine], **style)
     for axes, label in ((speed, "tokens per second"), (size, "MiB held")):
