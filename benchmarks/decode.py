@@ -285,7 +285,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             "marker": "o",
             "markersize": 3,
             "linestyle": "-" if own else "--",
-            "color": colors[(2 * i + 2 * i // 20) % 20],
+            "color": colors[(2 * i + i // 10) % 20],
         }
         speed.plot([r["length"] for r in mine], [r["tokens_per_s"] for r in mine], label=name, **style)
         size.plot([r["length"] for r in mine], [r["bytes"] / MIB for r in mine], **style)
