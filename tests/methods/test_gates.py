@@ -55,6 +55,19 @@ def test_training_beats_the_untrained_gate(name, files):
     assert losses[0] < 0.8 * losses[1], losses
 
 
+def test_the_trained_gate_beats_any_constant_and_ranks_as_kvzip_does(files):
+    """Three texts are too few for the values of another one, but not for their order."""
+    model, fit = tiny_model("llama"), build("fast_kvzip", count=3, length=96)
+    trained = Artifact.load("fast_kvzip", fingerprint(model), files["fast_kvzip"]).tensors
+    for ids, least in ((TEXTS[0], 0.5), (random_text(96, seed=9)[0], 0.15)):
+        x, y, index = examples(fit, model, ids[None])
+        scores = fit.gate().score(x, {key: w[index] for key, w in trained.items()})
+        if ids is TEXTS[0]:
+            assert fit.loss(scores, y) < 0.9 * fit.loss(y.mean(1, keepdim=True).expand_as(y), y)
+        ranks = [z.argsort(1).argsort(1).float().mT.flatten(0, 1) for z in (scores, y)]
+        assert all(float(torch.corrcoef(torch.stack(pair))[0, 1]) > least for pair in zip(*ranks, strict=True))
+
+
 def test_the_linear_gate_is_the_best_one(files):
     """Least squares over all tokens of the three texts at once, with a row for each damped weight."""
     model = tiny_model("llama")
@@ -213,19 +226,20 @@ def test_training_admission_lowers_its_error(files):
     assert index.tolist() == [0, 1] and errors[0] < errors[1], errors
 
 
+@pytest.mark.parametrize(("budget", "entries"), [(48, 48 * 4), ("24KiB", 400)])
 @pytest.mark.parametrize("name", ["fast_kvzip", "locret"])
-def test_budgets_hold_and_bytes_too(name, files):
-    model, ids = tiny_model("llama"), random_text(200, seed=7)
+def test_budgets_hold_after_every_chunk_and_bytes_too(name, budget, entries, files):
+    model, ids, held = tiny_model("llama"), random_text(200, seed=7), []
     policy = f"{name}({'window' if name == 'fast_kvzip' else 'recent'}=16, file={str(files[name])!r})"
-    for budget in (48, "24KiB"):
-        cache = KVCache(model, policy, budget)
-        cache.prefill(model, ids, chunk_size=64)
-        cache.check_integrity()
-        steps = model.generate(
-            torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=20, do_sample=False
-        )
-        cache.check_integrity()
-        assert steps.shape[1] == 221 and cache.report().kept_entries <= (48 * 4 if budget == 48 else 400)
+    cache = KVCache(model, policy, budget)
+    cache.prefill(model, ids, chunk_size=64, progress=lambda *_: held.append(cache.report().kept_entries))
+    cache.check_integrity()
+    assert len(held) > 3 and max(held) <= entries
+    steps = model.generate(
+        torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=20, do_sample=False
+    )
+    cache.check_integrity()
+    assert steps.shape[1] == 221 and cache.report().kept_entries <= entries
 
 
 def test_refusals_and_resuming(files, tmp_path):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 from brute import Brute, Step, chunks, distinct_text, kept_positions, run, with_newest
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from kvbudget.policy.view import View
 from tiny import tiny_model
 
 
@@ -30,3 +32,12 @@ def test_recent_entries_stay():
     cache = KVCache(model, "knorm(recent=10)", 24, when="every(1)")
     run(model, cache, distinct_text(130), [100] + [1] * 30, Brute(low_norms(10), 24))
     assert all(row[-10:] == list(range(120, 130)) for row in kept_positions(cache, 0))
+
+
+def test_rotations_keep_the_norm():
+    """A token's key in the first layer depends on nothing but the token and its position."""
+    model = tiny_model("llama", vocab_size=1024)
+    cache = KVCache(model, "knorm", 200)
+    run(model, cache, distinct_text(60).repeat(1, 2), [120])
+    scores = cache.parts.scorer.score(View(cache.enforcer.layers[0]))
+    torch.testing.assert_close(scores[..., :60], scores[..., 60:])
