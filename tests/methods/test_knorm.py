@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from brute import Brute, Step, chunks, distinct_text, kept_positions, run, with_newest
+from brute import Brute, Step, best, chunks, distinct_text, kept_positions, run, with_newest
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from kvbudget.errors import BudgetError
 from kvbudget.policy.view import View
 from tiny import tiny_model
 
@@ -41,3 +42,23 @@ def test_rotations_keep_the_norm():
     run(model, cache, distinct_text(60).repeat(1, 2), [120])
     scores = cache.parts.scorer.score(View(cache.enforcer.layers[0]))
     torch.testing.assert_close(scores[..., :60], scores[..., 60:])
+
+
+def test_skipped_layers_keep_everything_and_the_others_what_is_left():
+    model, ids = tiny_model("llama", vocab_size=1024, num_hidden_layers=4), distinct_text(120)
+    full, cache = KVCache(model, "full"), KVCache(model, "knorm(skip=1)", 40)
+    for each in (full, cache):
+        run(model, each, ids[:, :100], [100])
+    for layer, store in enumerate(full.enforcer.layers):
+        norms = View(store).keys[0].norm(dim=-1)
+        expected = [sorted(best(-row, 100 if layer == 0 else (40 * 8 - 2 * 100) // 6).tolist()) for row in norms]
+        assert kept_positions(cache, layer) == expected
+    run(model, cache, ids[:, 100:], [1] * 20)
+    assert kept_positions(cache, 0) == [list(range(120))] * 2 and cache.report().kept_entries <= 40 * 8
+    with pytest.raises(BudgetError, match=r"keeps 2 of 8 KV heads whole, and 100 tokens .* give at least 26 tokens"):
+        run(model, KVCache(model, "knorm(skip=1)", 25), ids[:, :100], [100])
+    with pytest.raises(BudgetError, match=r"keeps 8 of 8 KV heads whole, which is more than 50%; give 100%"):
+        KVCache(model, "knorm(skip=4)", "50%")
+    whole = KVCache(model, "knorm(skip=4)", "100%")
+    run(model, whole, ids, [100] + [1] * 20)
+    assert whole.enforcer.evictions == 0
