@@ -9,8 +9,8 @@ from kvbudget.cache import KVCache
 from kvbudget.calibrate import build, calibrate
 from kvbudget.calibrate.admission import distance
 from kvbudget.calibrate.base import watch
-from kvbudget.calibrate.gates import _highest, examples, kvzip_scores
-from kvbudget.errors import PolicyError
+from kvbudget.calibrate.gates import _highest, examples, kvzip_plus_scores, kvzip_scores
+from kvbudget.errors import PolicyError, UnsupportedModel
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.gates import RetainingGate, SinkGate
@@ -106,6 +106,31 @@ def test_targets():
         torch.testing.assert_close(
             scores.T, weights[0, :, 60:, :60].unflatten(0, (2, 2)).amax((1, 2)), atol=1e-5, rtol=1e-4
         )
+
+
+def test_targets_by_what_values_add_to_the_output():
+    """KVzip+ from the model's own eager attention over the text and itself, one query head and token at a time."""
+    model, ids = tiny_model("llama"), random_text(40)
+    found, inputs = kvzip_plus_scores(model, ids), {}
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.register_forward_pre_hook(
+            lambda module, _, given: inputs.update({module.layer_idx: given["hidden_states"][0]}), with_kwargs=True
+        )
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attentions = model(ids.repeat(1, 2), output_attentions=True).attentions
+    for index, weights in enumerate(attentions):
+        attention, x = model.model.layers[index].self_attn, inputs[index]
+        values = attention.v_proj(x)[:40].view(40, 2, 16)
+        expected = torch.zeros(40, 2)
+        for q in range(4):
+            share = attention.o_proj.weight[:, q * 16 : (q + 1) * 16]
+            scores = weights[0, q, 40:, :40] * (values[:, q // 2] @ share.T).norm(dim=-1) / x[40:].norm(dim=-1)[:, None]
+            expected[:, q // 2] = expected[:, q // 2].maximum(scores.amax(0))
+        torch.testing.assert_close(found[index], expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(UnsupportedModel, match="leave it out"):
+        kvzip_plus_scores(tiny_model("gpt2"), ids)
 
 
 def test_the_sink_gate():
