@@ -17,8 +17,9 @@ from kvbudget.errors import BudgetError, KVBudgetError, PolicyError
 from kvbudget.kernels.reference import merge
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.methods import parse
-from kvbudget.methods.razor_attention import RazorAttention, strongest
+from kvbudget.methods.razor_attention import RazorAttention
 from kvbudget.models import fingerprint
+from kvbudget.policy.allocators.pinned import strongest
 from kvbudget.policy.artifact import Artifact, default_path
 from kvbudget.policy.base import Evicted
 from kvbudget.policy.destinations.compensate import Compensate

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Container
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvbudget.budget import solve
@@ -46,3 +47,14 @@ class PinnedLayers(PinnedHeads):
 
     def pinned(self, layer_idx: int) -> Container[int]:
         return range(sys.maxsize) if layer_idx < self.layers else ()
+
+
+def strongest(scores: Tensor, share: float) -> Tensor:
+    """The ``share`` of all heads with the highest ``scores [L, Hkv]`` (at least one unless 0): bool ``[L, Hkv]``.
+
+    Cells without a head have a negative score.
+    """
+    number = max(1, round(share * int((scores >= 0).sum()))) if share else 0
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen[scores.flatten().topk(number).indices] = True
+    return chosen.view(scores.shape)
