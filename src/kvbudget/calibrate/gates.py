@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy, pad, smooth_l1_loss
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import TextCalibration, logits_of, watch
 from kvbudget.calibrate.layer_inputs import attention_modules
 from kvbudget.calibrate.samples import over_layers
 from kvbudget.calibrate.training import Lesson, Training
@@ -251,15 +251,11 @@ def _highest(
     Weights are multiplied by ``added [Hkv, G, cut]`` of the token and ``share [T]`` of the query.
     """
     heads = call.key.shape[1]
-    key = call.key[0, :, :cut].float()
-    best = torch.zeros(heads, cut, device=key.device)
+    best = torch.zeros(heads, cut, device=lse.device)
     for begin in range(cut, call.query.shape[2], ROWS):
-        query = call.query[0, :, begin : begin + ROWS].float().unflatten(0, (heads, -1))
-        logits = torch.einsum("hgnd,htd->hgnt", query, key) * call.scale
-        if call.softcap is not None:
-            logits = call.softcap * torch.tanh(logits / call.softcap)
-        weights = (logits - lse[0, :, begin : begin + ROWS].unflatten(0, (heads, -1))[..., None]).exp()
+        at = slice(begin, begin + ROWS)
+        weights = (logits_of(call, at, slice(cut)) - lse[0, :, at].unflatten(0, (heads, -1))[..., None]).exp()
         if added is not None and share is not None:
-            weights = weights * added[:, :, None] * share[begin : begin + ROWS, None]
+            weights = weights * added[:, :, None] * share[at, None]
         best = torch.maximum(best, weights.amax((1, 2)))
     return best.T
