@@ -38,3 +38,14 @@ def induction_model() -> PreTrainedModel:
         second.c_attn.weight[at_token, query][:, channels] = 8 * torch.eye(tokens)
         second.c_attn.weight[looks_at, key][:, channels] = torch.eye(tokens)
     return model
+
+
+def repeating_model() -> PreTrainedModel:
+    """An `induction_model` that says what it finds: it goes on with a text that it has seen before."""
+    model = induction_model()
+    attention = model.transformer.h[1].attn
+    attention.c_attn.weight[:128, 640:768] = torch.eye(128)  # head 0 writes the token that it looks at
+    attention.c_proj.weight[:128, 192:320] = 10 * torch.eye(128)
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[:, 192:320] = torch.eye(128)
+    return model

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute import Brute, Step, chunks, run, with_newest
-from induction import induction_model
+from induction import repeating_model
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
@@ -90,13 +90,7 @@ def test_budgets_follow_the_importance_and_sum_up():
 
 
 def test_a_head_that_repeats_is_found_and_texts_that_are_not_repeated_do_not_count():
-    model = induction_model()
-    model.lm_head.weight.zero_()
-    # Layer 1's heads hold nothing in their values: let head 0 write the token that it looks at.
-    attention = model.transformer.h[1].attn
-    attention.c_attn.weight[:128, 640:768] = torch.eye(128)
-    attention.c_proj.weight[:128, 192:320] = 10 * torch.eye(128)
-    model.lm_head.weight[:, 192:320] = torch.eye(128)
+    model = repeating_model()
     texts = [torch.randperm(127, generator=torch.Generator().manual_seed(s))[:100] + 1 for s in range(3)]
     path = calibrate("compresskv", model, texts=texts, count=3, length=100, passage=12, cue=4, number=1)
     found = Artifact.load("compresskv", fingerprint(model), path).tensors
