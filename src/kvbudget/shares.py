@@ -76,6 +76,11 @@ class Shares:
             rows = f" for {batch_size} sequences" if batch_size > 1 else ""
             raise BudgetError(self._too_small(f"give at least {smallest}B ({format_bytes(smallest)}){rows}"))
         pinned, heads = sum(self._pinned), sum(layer.num_kv_heads for layer in self.layers)
+        if pinned and pinned == heads and kind != "none":
+            raise BudgetError(
+                f"{self.text} keeps all {heads} KV heads whole, so that {self.budget} could not be kept; use full or keep fewer "
+                "layers or heads whole"
+            )
         if pinned and kind == "fraction" and amount * heads <= pinned:
             raise BudgetError(
                 f"{self.text} keeps {pinned} of {heads} KV heads whole, which is more than {self.budget}; "

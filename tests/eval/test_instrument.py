@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from math import log
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from kvbudget.eval.fidelity import compare_logits
 from kvbudget.eval.replay import Recording, record, replay
 from kvbudget.eval.stats import compare
 from kvbudget.eval.tasks import parse
-from kvbudget.eval.tasks.base import read, shuffled, visible_form
+from kvbudget.eval.tasks.base import Probe, read, shuffled, visible_form
+from kvbudget.policy.view import View
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 # By default it protects so much that little is left to chance in a short text.
 RANDOM = "random(sinks=0, recent=2)"
 POLICIES = ("snapkv(window=16)", "streaming_llm", "knorm")
 BUDGETS = ("12.5%", "25%", "50%")
+TASK = parse("fidelity(length=256, tokens=24, continuations=1, text='prose')")
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +33,24 @@ def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 @pytest.fixture(scope="module")
-def distances(loaded) -> dict[tuple[str, str], list[float]]:
-    """The logarithm of the KL per text, by policy and budget: one prefill per text for all of them."""
+def texts(loaded) -> list[tuple[Recording, Probe]]:
+    """The prefills of four texts, and what follows them: one prefill per text for all policies."""
     model, tokenizer = loaded
-    task = parse("fidelity(length=256, tokens=24, continuations=1, text='prose')")
+    examples = TASK.examples(tokenizer, 4)
+    return [(record(model, example.context[None]), example.probes[0]) for example in examples]
+
+
+@pytest.fixture(scope="module")
+def distances(loaded, texts) -> dict[tuple[str, str], list[float]]:
+    """The logarithm of the KL per text, by policy and budget."""
+    model, tokenizer = loaded
     found: dict[tuple[str, str], list[float]] = {}
-    for example in task.examples(tokenizer, 4):
-        recording = record(model, example.context[None])
-        (probe,) = example.probes
+    settings = [(RANDOM, "50%"), ("streaming_llm(sinks=0)", "25%"), *((p, b) for p in POLICIES for b in BUDGETS)]
+    for recording, probe in texts:
         exact = read(model, replay(recording, KVCache(model, "full")), probe)
-        for policy, budget in [(RANDOM, "50%"), *((p, b) for p in POLICIES for b in BUDGETS)]:
+        for policy, budget in settings:
             cache = replay(recording, KVCache(model, policy, budget, max_length=256))
-            scores = task.ask(model, tokenizer, cache, probe, exact).scores
+            scores = TASK.ask(model, tokenizer, cache, probe, exact).scores
             found.setdefault((policy, budget), []).append(scores["log_kl"])
     return found
 
@@ -95,6 +104,25 @@ def test_the_full_cache_equals_plain_attention(loaded) -> None:
 
 def test_random_eviction_is_worse_than_snapkv(distances) -> None:
     assert compare(distances[RANDOM, "50%"], distances["snapkv(window=16)", "50%"])[0] == "higher"
+
+
+def test_without_its_sinks_a_recent_window_loses_far_more(distances) -> None:
+    without, with_sinks = distances["streaming_llm(sinks=0)", "25%"], distances["streaming_llm", "25%"]
+    assert compare(without, with_sinks)[0] == "higher"
+    assert sum(without) / 4 > sum(with_sinks) / 4 + log(2)
+
+
+def test_the_first_token_stays_where_nothing_protects_it(loaded, texts) -> None:
+    """It has the lowest key norm from the middle of the model on, and the newest query attends to it in most layers."""
+    model, _ = loaded
+    for recording, _ in texts[:2]:
+        for policy in ("knorm", "tova"):
+            cache = replay(recording, KVCache(model, policy, "25%", max_length=256))
+            held = torch.cat([View(layer).positions[0, :, 0] == 0 for layer in cache.enforcer.layers])
+            assert held.float().mean() > 0.8, policy
+            if policy == "knorm":
+                lowest = [cache.parts.scorer.score(View(layer))[0].argmax(-1) for layer in cache.enforcer.layers[15:]]
+                assert torch.cat(lowest).eq(0).all()
 
 
 def test_doubling_the_budget_does_not_hurt(distances) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from brute import kept_positions
+from induction import repeating_model
 from test_less import weights as state_weights
 from test_registry import feed
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate import build
+from kvbudget.calibrate import build, calibrate
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
@@ -107,6 +108,19 @@ def artifacts(model: PreTrainedModel) -> dict[str, tuple[dict[str, Tensor], dict
     }
 
 
+# How they are fitted to two short texts.
+FITS: dict[str, dict[str, object]] = {
+    "qfilters": {},
+    "expected_attention_stats": {},
+    "kvzap": {},
+    "fast_kvzip": {"steps": 2},
+    "locret": {"steps": 2},
+    "wg_kv": {"steps": 2},
+    "top_theta": {"k": 16, "first": 16},
+    "compresskv": {"passage": 12, "cue": 4, "number": 1},
+}
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
@@ -172,3 +186,27 @@ def test_tiny_budgets_are_kept_or_refused(policy):
             continue
         kept.append(budget)
     assert "100B" not in kept and {48, "40KiB"} <= {*kept}
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_a_stopped_fit_goes_on_and_another_model_refuses_it(method, tmp_path):
+    # Only a model that repeats passages has what CompressKV looks for.
+    model = repeating_model() if method == "compresskv" else tiny_model("llama")
+    texts = [torch.randperm(127, generator=torch.Generator().manual_seed(s))[:100] + 1 for s in range(2)]
+    settings: dict[str, object] = {"texts": texts, "count": 2, "length": 100} | FITS[method]
+    begun: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        begun.append(done)
+        if begun == [0, 1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(method, model, tmp_path / "stopped", progress=stop, **settings)
+    calibrate(method, model, tmp_path / "stopped", progress=stop, **settings)
+    calibrate(method, model, tmp_path / "whole", **settings)
+    assert begun == [0, 1, 1, 2]
+    one, other = (Artifact.load(method, fingerprint(model), tmp_path / name).tensors for name in ("stopped", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    with pytest.raises(PolicyError, match=rf"another model.*kvbudget calibrate {method}"):
+        KVCache(tiny_model("llama", seed=1), f"{method}(file={str(tmp_path / 'whole')!r})", 200)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute import Brute, Step, chunks, run, with_newest
+from induction import repeating_model
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
@@ -88,27 +89,16 @@ def test_budgets_follow_the_importance_and_sum_up():
     assert top[0] == 300.0 and top[1:] == [32.0] * 3
 
 
-def repeating_model():
-    """A model that repeats whatever it is given: hand-made induction, from the tests of RazorAttention."""
-    from test_razor_attention import induction_model
-
-    return induction_model()
-
-
 def test_a_head_that_repeats_is_found_and_texts_that_are_not_repeated_do_not_count():
     model = repeating_model()
-    model.lm_head.weight.zero_()
-    # Layer 1's heads hold nothing in their values: let head 0 write the token that it looks at.
-    attention = model.transformer.h[1].attn
-    attention.c_attn.weight[:128, 640:768] = torch.eye(128)
-    attention.c_proj.weight[:128, 192:320] = 10 * torch.eye(128)
-    model.lm_head.weight[:, 192:320] = torch.eye(128)
     texts = [torch.randperm(127, generator=torch.Generator().manual_seed(s))[:100] + 1 for s in range(3)]
     path = calibrate("compresskv", model, texts=texts, count=3, length=100, passage=12, cue=4, number=1)
     found = Artifact.load("compresskv", fingerprint(model), path).tensors
     assert found["heads"][1].tolist() == [0] and found["importance"].sum() == pytest.approx(1.0)
     span = found["scores"]
     assert span[1, 0] > 0.5 * 3 * 8 and span[1, 0] > span[1, 1]
+    # The other head looks into the passage, too, at the token before the one that is said: as a copying head it is none.
+    assert span[1, 1] > 8 > 2 * span[0].max()
     plain = tiny_model("llama")
     with pytest.raises(PolicyError, match=r"repeated no passage.*longer cue="):
         calibrate("compresskv", plain, texts=texts, count=3, length=100, passage=12, cue=4, number=1)

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
+from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.marks import DELIMITER, PUNCTUATION, SPECIAL, mark_of, marks_of
 from kvbudget.policy.scorers.profile import POLICIES
-from kvbudget.policy.view import View
+from kvbudget.policy.view import Queries, View
 from tiny import VOCAB_SIZE, left_padded, random_text, tiny_model
 
 
@@ -104,15 +105,17 @@ def test_recovery_rises_along_the_policies(tokenizer):
 
 
 def test_a_head_that_looks_at_the_first_token_keeps_special_ones():
-    model = tiny_model("llama", num_hidden_layers=1)
-    attention = model.model.layers[0].self_attn
-    attention.q_proj.weight.zero_()  # zero queries attend evenly, so no cheap rule recovers much
-    cache = KVCache(model, "fastgen(recovery=0.9, frequent=0.1, local=0.1)")
-    run(model, cache, random_text(100), [100])
-    assert policies(cache) == [4, 4]
-    sinks = KVCache(model, "fastgen(recovery=0.9, sinks=95)")
-    run(model, sinks, random_text(100), [100])
-    assert policies(sinks) == [0, 0]
+    """The second of two heads looks there; the first looks at all alike, so that no cheap rule recovers much."""
+    scorer = KVCache(tiny_model("llama"), "fastgen(recovery=0.9, frequent=0.1, local=0.1, sinks=1)").parts.scorer
+    layer = LayerCache(0, 2, states=scorer.states)
+    layer.marks = [torch.zeros(100, dtype=torch.uint8)]
+    key = torch.zeros(1, 2, 100, 4)
+    key[:, 1, 0, 0] = 20.0
+    call = AttentionCall(torch.ones(1, 2, 100, 4), key, torch.randn(1, 2, 100, 4), scale=1.0)
+    _, lse = layer.forward(call)
+    view = View(layer, Queries(call.query, lse, 1.0))
+    scorer.observe(view)
+    assert [POLICIES[p] for p in scorer.policies(view).flatten()] == ["full", "special"]
 
 
 def test_a_budget_caps_it():

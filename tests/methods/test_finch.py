@@ -4,6 +4,7 @@ import pytest
 import torch
 from brute import kept_positions
 from brute_plan import PlanBrute
+from induction import induction_model
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError, PolicyError
@@ -92,6 +93,16 @@ def test_the_cache_never_holds_more_than_the_budget_and_a_chunk():
     hard = KVCache(model, "finch", "20KiB")
     hard.prefill(model, ids)
     hard.check_integrity()
+
+
+def test_what_the_question_asks_for_survives_all_chunks():
+    """The question repeats the tokens at 10 and 11 of the first chunk of four; what followed them stays."""
+    model = induction_model()
+    ids = torch.randperm(120, generator=torch.Generator().manual_seed(0))[None]
+    cache = KVCache(model, "finch(chunk=30, shared=False, positions=original)", 2 + 12)
+    cache.prefill(model, ids, question_ids=ids[:, 10:12])
+    followed, found = kept_positions(cache, 1)
+    assert len(followed) == 12 and {11, 12} <= set(followed) and {10, 11} <= set(found)
 
 
 def test_padded_sequences_equal_their_single_runs_in_one_chunk():

@@ -7,6 +7,7 @@ from torch.nn.functional import max_pool1d
 
 import kvbudget
 from kvbudget.cache import KVCache
+from kvbudget.calibrate.base import watch
 from kvbudget.errors import PolicyError
 from tiny import left_padded, random_text, tiny_model
 
@@ -117,7 +118,10 @@ def test_refusals():
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_drafted_answer_finds_more_than_the_question(shared_data):
-    """A needle with the question at the prompt's end, 8% of the cache: mean log-probability of the digits."""
+    """A needle with the question at the prompt's end, 8% of the cache: what the answer's own queries would look at.
+
+    The share of their attention to the prompt that is kept, and the mean log-probability of the digits.
+    """
     model, tokenizer = kvbudget.load("smollm2-135m")
     words = (shared_data / "books" / "moby_dick.txt").read_text(encoding="utf-8")[20000:].split(" ")
     context = " ".join([*words[:200], "The special magic number for Lagos is 90377.", *words[200:600]])
@@ -126,12 +130,22 @@ def test_a_drafted_answer_finds_more_than_the_question(shared_data):
         "The special magic number for Lagos is "
     )
     ids, answer = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, "90377"))
-    logs = {}
+    length, paid, logs, kept = ids.shape[1], [], {}, {}
+
+    def look(index, call, lse):
+        rows = call.query[0, :, length:].unflatten(0, (call.key.shape[1], -1)) * call.scale
+        paid.append((rows @ call.key[0, :, None, :length].mT).softmax(-1).mean((1, 2)))
+
+    watch(model, torch.cat([ids, answer], dim=1), look)
+    most = torch.cat(paid).topk(int(0.08 * length)).values.sum(-1).mean()
     for policy in ("snapkv(window=16)", "laq(first=16)"):
-        cache = KVCache(model, policy, "8%", max_length=ids.shape[1])
+        cache = KVCache(model, policy, "8%", max_length=length)
         cache.prefill(model, ids[:, :-1])
+        rows = [row for layer in range(len(paid)) for row in kept_positions(cache, layer)]
+        kept[policy] = torch.stack([w[row].sum() for w, row in zip(torch.cat(paid), rows, strict=True)]).mean()
         with torch.inference_mode():
             logits = model(torch.cat([ids[:, -1:], answer], dim=1), past_key_values=cache).logits[0, :-1]
         logs[policy] = logits.log_softmax(-1).gather(1, answer[0][:, None]).mean().item()
+    assert most > kept["laq(first=16)"] > kept["snapkv(window=16)"] + 0.005, kept
     assert logs["laq(first=16)"] > logs["snapkv(window=16)"] + 0.5, logs
     assert logs["laq(first=16)"] > -0.5, logs

@@ -29,7 +29,7 @@ POLICIES = (
     "lagkv(lag=16)",
     "keydiff(recent=16)",
     "pagedeviction",
-    "random(recent=16)+sablock",
+    "knorm(recent=16)+sablock",
     "streaming_llm+kvcrush",
     "snapkv(window=16)+fair(cuts=(50,))",
     "mpcache(size=8)",
@@ -45,6 +45,7 @@ POLICIES = (
 TWO_LAYERS = ("group=", "dynamickv", "compresskv")
 CALIBRATED = {
     "qfilters": "qfilters(recent=16)",
+    "expected_attention_stats": "expected_attention_stats",
     "locret": "locret(recent=16)",
     "fast_kvzip": "fast_kvzip(window=16)",
     "kvzap": "kvzap(window=32)",

@@ -42,6 +42,17 @@ def test_recent_queries_choose_at_every_step(heads, fusion):
     assert cache.report().kept == [[[40] * heads[1]]] * 2
 
 
+def test_one_query_of_one_head_chooses_as_snapkv():
+    """Its softmax leaves the window out, which scales a query's weights; with one query and no group that is all."""
+    model, ids = tiny_model("llama", num_attention_heads=2), random_text(120)
+    kept = []
+    for policy in ("morphkv(window=1)", "snapkv(window=1, kernel=1)"):
+        cache = KVCache(model, policy, 30)
+        run(model, cache, ids, [120])
+        kept.append([kept_positions(cache, layer) for layer in range(2)])
+    assert kept[0] == kept[1]
+
+
 def test_soft_caps():
     model = tiny_model("gemma2")
     cache = KVCache(model, "morphkv(window=8)", 60)

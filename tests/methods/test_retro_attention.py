@@ -10,7 +10,7 @@ from kvbudget import KVCache, generate
 from kvbudget.driver import revising
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import AttentionCall, LayerCache
-from kvbudget.methods.retro_attention import Pages
+from kvbudget.policy.selectors.pages import Pages
 from kvbudget.segments import retrospective
 from tiny import left_padded, random_text, tiny_model, tiny_tokenizer
 

@@ -84,6 +84,24 @@ def test_the_pool_of_the_answer_grows():
     assert all(size <= 33 + 8 + (t + 1) * 24 / 80 for t, size in enumerate(sizes))
 
 
+def test_a_pool_that_never_grows_is_a_recent_window():
+    model = tiny_model("llama")
+    cache = KVCache(model, "knorm+scope(prompt=0.5, recent=8, length=1000000000, every=1)", 64)
+    cache.prefill(model, random_text(100))
+    decode(model, cache, 40)
+    assert [row[32:] for layer in range(2) for row in kept_positions(cache, layer)] == [list(range(132, 140))] * 4
+
+
+def test_selecting_less_often_judges_as_much_less_often():
+    model, evictions = tiny_model("llama"), []
+    for every in (1, 8):
+        cache = KVCache(model, f"knorm+scope(recent=4, every={every})", 128)
+        cache.prefill(model, random_text(200))
+        decode(model, cache, 64 + 80)
+        evictions.append(cache.enforcer.evictions)
+    assert evictions[0] - 2 == pytest.approx(8 * (evictions[1] - 2), rel=0.15), "2 of them are the prompt's"
+
+
 def test_a_chunked_prompt_and_a_declared_length_that_fits():
     model, ids = tiny_model("llama"), random_text(120)
     cache = KVCache(model, "scope(recent=8)", 60)

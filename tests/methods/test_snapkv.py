@@ -3,6 +3,7 @@
 import pytest
 import torch
 from brute import Brute, chunks, kept_positions, run, running_votes
+from induction import induction_model
 
 from kvbudget.cache import KVCache
 from tiny import random_text, tiny_model
@@ -53,3 +54,14 @@ def test_without_decode_evictions_the_prompt_is_compressed_once():
     run(model, cache, random_text(120), [100] + [1] * 20)
     assert cache.report().kept == [[[68, 68]]] * 2
     assert all(row[-36:] == list(range(84, 120)) for row in kept_positions(cache, 0))
+
+
+def test_what_the_window_asks_for_stays_at_a_sixteenth():
+    """The last four tokens repeat those at 37 to 40: one head looks these up, the other what followed them."""
+    model = induction_model()
+    ids = torch.randperm(124, generator=torch.Generator().manual_seed(0))[None]
+    ids = torch.cat([ids, ids[:, 37:41]], dim=1)
+    cache = KVCache(model, "snapkv(window=4, kernel=1)", 128 // 16)
+    run(model, cache, ids, [128])
+    followed, found = kept_positions(cache, 1)
+    assert followed[:4] == [38, 39, 40, 41] and found[:4] == [37, 38, 39, 40]

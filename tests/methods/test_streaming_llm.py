@@ -65,6 +65,13 @@ def test_positions_inside_the_cache_equal_turned_keys(steps):
     assert (plain[:, -1] - expected[:, -1]).abs().max() > 1e-2, "the two position modes cannot be told apart here"
 
 
+def test_positions_inside_a_cache_that_holds_everything_are_the_texts():
+    model, ids = tiny_model("llama"), random_text(60)
+    logits = run(model, KVCache(model, "streaming_llm(positions=cache)", 64), ids, [50] + [1] * 10)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_no_sinks_is_a_sliding_window():
     model = tiny_model("llama")
     cache = KVCache(model, "streaming_llm(sinks=0)", 24, when="every(1)")

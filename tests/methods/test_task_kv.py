@@ -60,6 +60,12 @@ def test_a_head_with_values_of_its_own_is_marked() -> None:
     assert SemanticHeads(4, share=0.25, least=2).order(view)[1, 5] == 1
 
 
+def test_equal_heads_are_as_far_from_the_center() -> None:
+    view = given(heads=1, group=1)
+    equal = Given(view.weights.expand(2, 8, 1, 4, 40), view.given.expand(2, 8, 40, 6))
+    assert SemanticHeads(4, share=0.5).order(equal).tolist() == [[1, 2, 3, 0, 0, 0, 0, 4]] * 2, "ties by index"
+
+
 def test_fewer_heads_are_whole_in_later_layers() -> None:
     scorer = SemanticHeads(4, share=0.5, least=1)
     assert [scorer.count(8, depth / 4) for depth in range(5)] == [4, 3, 2, 2, 1]

@@ -47,6 +47,16 @@ def test_windows_by_the_first_layer_of_the_group(strategy, heads):
         assert kept_positions(cache, layer) == [expected(votes, count, strategy)] * heads[1]
 
 
+def test_windows_of_one_position_are_snapkv_without_pooling():
+    model, ids = tiny_model("llama", num_attention_heads=3, num_key_value_heads=1), random_text(100)
+    kept = []
+    for policy in ("windowkv(window=8, width=1, group=1, beta=1)", "snapkv(window=8, kernel=1)"):
+        cache = KVCache(model, policy, 40)
+        cache.prefill(model, ids)
+        kept.append([kept_positions(cache, layer) for layer in range(2)])
+    assert kept[0] == kept[1]
+
+
 def test_followers_neither_look_nor_remember():
     model, seen = tiny_model("llama", num_hidden_layers=4), []
     cache = KVCache(model, POLICY.format("average"), 50)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.calibrate.base import watch
+from kvbudget.calibrate.base import logits_of, watch
 from kvbudget.calibrate.gates import GateCalibration, Lesson, features
 from kvbudget.layer import AttentionCall
 from kvbudget.policy.gates import Gate, WriteGate
@@ -61,12 +61,8 @@ class Admission(GateCalibration):
 
 def distance(call: AttentionCall, asked: Tensor, gates: Tensor, window: int) -> Tensor:
     """How far ``gates [T, Hkv]`` move the attention of the queries at positions ``asked``, over the size of its output."""
-    key, value = call.key[0].float(), call.value[0].float().clone()  # no inference tensor goes into a gradient
-    query = call.query[0, :, asked].float().unflatten(0, (len(key), -1))
-    logits = torch.einsum("hgnd,htd->hgnt", query, key) * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    steps = torch.arange(key.shape[1], device=key.device)
+    logits, value = logits_of(call, asked), call.value[0].float().clone()  # no inference tensor goes into a gradient
+    steps = torch.arange(value.shape[1], device=value.device)
     logits = logits.masked_fill(steps > asked[:, None], float("-inf"))
     bias = gates.log().T[:, None, None] * (asked[:, None] >= steps + window)
     full, gated = (torch.einsum("hgnt,htd->hgnd", x.softmax(-1), value) for x in (logits, logits + bias))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
+from kvbudget.kernels.reference import capped
 from kvbudget.layer import AttentionCall
 
 Look = Callable[[int, AttentionCall, Tensor], None]
@@ -70,3 +71,10 @@ def watch(
             model.base_model(ids, past_key_values=cache, use_cache=True)
             return None
         return model(ids, past_key_values=cache, use_cache=True).logits[0, -logits:]
+
+
+def logits_of(call: AttentionCall, queries: slice | Tensor, keys: slice = slice(None)) -> Tensor:
+    """Scaled and capped logits ``[Hkv, G, n, t]`` in float32 of some queries of a forward over one text, later keys included."""
+    key = call.key[0, :, None, keys].float()
+    query = call.query[0, :, queries].float().unflatten(0, (len(key), -1))
+    return capped(query @ key.mT * call.scale, call.softcap)

@@ -11,9 +11,11 @@ from torch.nn.functional import binary_cross_entropy, pad, smooth_l1_loss
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import TextCalibration, logits_of, watch
+from kvbudget.calibrate.layer_inputs import attention_modules
 from kvbudget.calibrate.samples import over_layers
 from kvbudget.calibrate.training import Lesson, Training
+from kvbudget.errors import UnsupportedModel
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry, rotations_of
 from kvbudget.policy.gates import Gate, LinearGate, RetainingGate, SinkGate
@@ -130,24 +132,26 @@ class FastKVzipGate(TaughtGate):
 class KVzapGate(Taught):
     """The gate learns the logarithm of KVzip's scores by ridge regression (KVzap, arXiv 2601.07891, section 3).
 
-    Sums of products over all tokens of all texts are kept, so that the best linear gate is found at once. The paper's target
-    weighs the attention by the norm of the value's share of the output; this is the attention alone.
+    Sums of products over all tokens of all texts are kept, so that the best linear gate is found at once.
 
     Attributes:
         count: number of texts (paper: 4500, 500 tokens of each).
         length: tokens of each.
+        value_norm: the target is that of `kvzip_plus_scores` (the paper's), else the attention alone.
         ridge: what is added to the mean square of each feature, which is 1.
     """
 
     method: ClassVar[str] = "kvzap"
 
+    value_norm: bool = False
     ridge: float = 0.03
 
     def gate(self) -> Gate:
         return LinearGate()
 
     def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
-        return kvzip_scores(model, ids).clamp_min(LEAST).log()
+        scores = kvzip_plus_scores(model, ids) if self.value_norm else kvzip_scores(model, ids)
+        return scores.clamp_min(LEAST).log()
 
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         x, y, _ = examples(self, model, ids)
@@ -204,16 +208,54 @@ def kvzip_scores(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return torch.stack([View(layer).state("score")[0].T for layer in cache.enforcer.layers])
 
 
-def _highest(call: AttentionCall, lse: Tensor, cut: int) -> Tensor:
-    """Highest weight of each token before ``cut`` from any query from there on, over the GQA group: ``[cut, Hkv]``."""
+def kvzip_plus_scores(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """KVzip+ of a text ``ids [1, T]``, which the model reads twice: ``[l, T, Hkv]`` over the layers that a budget governs.
+
+    The attention ``a`` from a query of the second reading to token t is weighed by what t's value adds to the layer's
+    output, in relation to the layer's input h at the query: ``max over queries and group of a ||W_O v_t|| / ||h||``.
+
+    Raises:
+        UnsupportedModel: where the projections of keys and of the output are no modules of their own.
+    """
+    modules, length = attention_modules(model, "k_proj", "o_proj"), ids.shape[1]
+    if not modules:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no k_proj and o_proj in all layers, which value_norm=True weighs by; leave it out"
+        )
+    found: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
+
+    def look(index: int, call: AttentionCall, lse: Tensor) -> None:
+        value = call.value[0, :, None, :length].float()
+        output = modules[index].o_proj.weight.float().T.unflatten(0, (call.key.shape[1], -1, value.shape[-1]))
+        added = ((value @ (output @ output.mT)) * value).sum(-1).clamp_min(0).sqrt()
+        found[index] = _highest(call, lse, length, added, 1 / inputs[index].float().norm(dim=-1))
+
+    hooks = [
+        module.k_proj.register_forward_pre_hook(lambda _, given, index=index: inputs.update({index: given[0][0]}))
+        for index, module in modules.items()
+    ]
+    try:
+        watch(model, torch.cat([ids, ids], dim=1), look)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(list(found.values()))
+
+
+def _highest(
+    call: AttentionCall, lse: Tensor, cut: int, added: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """Highest weight of each token before ``cut`` from any query from there on, over the GQA group: ``[cut, Hkv]``.
+
+    Weights are multiplied by ``added [Hkv, G, cut]`` of the token and ``share [T]`` of the query.
+    """
     heads = call.key.shape[1]
-    key = call.key[0, :, :cut].float()
-    best = torch.zeros(heads, cut, device=key.device)
+    best = torch.zeros(heads, cut, device=lse.device)
     for begin in range(cut, call.query.shape[2], ROWS):
-        query = call.query[0, :, begin : begin + ROWS].float().unflatten(0, (heads, -1))
-        logits = torch.einsum("hgnd,htd->hgnt", query, key) * call.scale
-        if call.softcap is not None:
-            logits = call.softcap * torch.tanh(logits / call.softcap)
-        weights = (logits - lse[0, :, begin : begin + ROWS].unflatten(0, (heads, -1))[..., None]).exp()
+        at = slice(begin, begin + ROWS)
+        weights = (logits_of(call, at, slice(cut)) - lse[0, :, at].unflatten(0, (heads, -1))[..., None]).exp()
+        if added is not None and share is not None:
+            weights = weights * added[:, :, None] * share[at, None]
         best = torch.maximum(best, weights.amax((1, 2)))
     return best.T

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import TextCalibration, logits_of, watch
 from kvbudget.errors import PolicyError
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
@@ -45,10 +45,7 @@ class HeadClustering(TextCalibration):
         found = torch.zeros(geometry.num_layers, shape.num_attention_heads, shape.num_attention_heads)
 
         def look(index: int, call: AttentionCall, lse: Tensor) -> None:
-            keys = call.key[0].float().repeat_interleave(len(call.query[0]) // len(call.key[0]), dim=0)
-            logits = call.query[0].float() @ keys.mT * call.scale
-            if call.softcap is not None:
-                logits = call.softcap * torch.tanh(logits / call.softcap)
+            logits = logits_of(call, slice(None)).flatten(0, 1)
             maps = normalize((logits - lse[0, ..., None]).exp().tril().flatten(1), dim=1)
             found[index] = (1 - maps @ maps.mT).cpu()
 

@@ -1,7 +1,7 @@
 """Maps between the inputs of a model's layers and their keys and values, from the weights alone."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,13 +113,8 @@ def projections(model: PreTrainedModel) -> dict[int, Projection]:
         UnsupportedModel: where keys and values are not linear in a layer's input, or lie in weights of another form.
     """
     governed = CacheGeometry.from_config(model.config).budgeted_layers
-    modules = {
-        module.layer_idx: module
-        for module in model.modules()
-        if getattr(module, "layer_idx", None) in governed and hasattr(module, "k_proj") and hasattr(module, "v_proj")
-    }
-    name = type(model).__name__
-    if set(modules) != set(governed):
+    modules, name = attention_modules(model, "k_proj", "v_proj"), type(model).__name__
+    if not modules:
         raise UnsupportedModel(
             f"{name} has no separate key and value projections in all layers; use another codec, such as kivi"
         )
@@ -160,6 +155,17 @@ def projections(model: PreTrainedModel) -> dict[int, Projection]:
                 )
         found[index] = Projection(maps[0], maps[1], biases[0], biases[1], _gain(model, index, x))
     return {index: Projection(*(part.cpu() for part in layer)) for index, layer in found.items()}
+
+
+def attention_modules(model: PreTrainedModel, *parts: str) -> dict[int, Any]:
+    """The attention modules of the layers that a budget governs, if all of them have linear ``parts`` of these names."""
+    governed = CacheGeometry.from_config(model.config).budgeted_layers
+    found = {
+        module.layer_idx: module
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) in governed and all(hasattr(module, part) for part in parts)
+    }
+    return found if set(found) == set(governed) else {}
 
 
 def _gain(model: PreTrainedModel, index: int, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvbudget.calibrate.base import Calibration, watch
 from kvbudget.errors import PolicyError
+from kvbudget.kernels.reference import capped
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
 
@@ -87,9 +88,7 @@ def echo_and_induction(call: AttentionCall, lse: Tensor, block: int) -> Tensor:
             end = min(begin + ROWS, length)
             for kind in (0, 1):
                 target = key[:, None, begin - distance + kind : end - distance + kind]
-                logits = (query[:, :, begin:end] * target).sum(-1) * call.scale
-                if call.softcap is not None:
-                    logits = call.softcap * torch.tanh(logits / call.softcap)
+                logits = capped((query[:, :, begin:end] * target).sum(-1) * call.scale, call.softcap)
                 sums[kind] += (logits - total[:, :, begin:end]).exp().sum(-1)
         number += length - 1 - distance
     return (sums / max(number, 1)).amax(-1)

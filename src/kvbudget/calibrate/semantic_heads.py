@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import TextCalibration, logits_of, watch
 from kvbudget.errors import PolicyError
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
@@ -103,10 +103,6 @@ class SemanticHeads(TextCalibration):
 
 def _weights(call: AttentionCall, rows: slice) -> Tensor:
     """Causal softmax weights ``[Hkv, G, w, T]`` of some rows of a forward over one whole text."""
-    heads, length = call.key.shape[1], call.key.shape[2]
-    query = call.query[0].unflatten(0, (heads, -1))[:, :, rows].float()
-    logits = query @ call.key[0].float()[:, None].transpose(-1, -2) * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    step = torch.arange(length, device=logits.device)
+    logits = logits_of(call, rows)
+    step = torch.arange(logits.shape[-1], device=logits.device)
     return logits.masked_fill(step > step[rows, None], float("-inf")).softmax(-1)

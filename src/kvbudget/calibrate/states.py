@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvbudget.calibrate.base import watch
 from kvbudget.calibrate.training import Lesson, Training
 from kvbudget.errors import PolicyError
+from kvbudget.kernels.reference import capped
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
 from kvbudget.policy.destinations.recurrence import key_features, query_features
@@ -95,9 +96,7 @@ class StateTraining(Training):
         ``query [l, Hq, n, D]``, ``key [l, Hkv, T, D]``, ``value [l, Hkv, T, Dv]``.
         """
         heads, position = key.shape[1], torch.arange(key.shape[2])
-        logits = torch.einsum("lhgnd,lhtd->lhgnt", query.unflatten(1, (heads, -1)), key) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(torch.einsum("lhgnd,lhtd->lhgnt", query.unflatten(1, (heads, -1)), key) * scale, softcap)
         seen = position <= steps[:, None]
         kept = seen & ((position < self.sinks) | (position > steps[:, None] - self.window))
         logits = logits.masked_fill(~seen, float("-inf"))

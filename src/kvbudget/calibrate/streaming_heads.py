@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvbudget.calibrate.base import TextCalibration, watch
+from kvbudget.calibrate.base import TextCalibration, logits_of, watch
 from kvbudget.errors import PolicyError
 from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
@@ -71,15 +71,12 @@ class StreamingHeads(TextCalibration):
     def _change(self, call: AttentionCall) -> Tensor:
         """Relative change ``[Hkv]`` of the outputs for the passage's queries when a head only streams."""
         heads, length = call.key.shape[1], call.key.shape[2]
-        key, value = call.key[0].float(), call.value[0].float()[:, None]
-        position = torch.arange(length, device=key.device)
-        lost, whole = torch.zeros(2, heads, device=key.device)
+        value = call.value[0].float()[:, None]
+        position = torch.arange(length, device=value.device)
+        lost, whole = torch.zeros(2, heads, device=value.device)
         for begin in range(length - self.passage, length, ROWS):
             at = position[begin : min(begin + ROWS, length), None]
-            query = call.query[0, :, at[:, 0]].unflatten(0, (heads, -1)).float()
-            logits = query @ key[:, None].mT * call.scale
-            if call.softcap is not None:
-                logits = call.softcap * torch.tanh(logits / call.softcap)
+            logits = logits_of(call, at[:, 0])
             causal = position <= at
             near = causal & ((position < self.sinks) | (position > at - self.recent))
             full = logits.masked_fill(~causal, float("-inf")).softmax(-1) @ value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.kernels.operands import Operand
+from kvbudget.kernels.reference import capped
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ class Asked:
 
         They are those of the softmax over everything that the row held, so a row of them sums to at most one.
         """
-        logits = self.query[row][:, steps].float() @ keys.float().T * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = capped(self.query[row][:, steps].float() @ keys.float().T * self.scale, self.softcap)
         at = self.steps[row][steps]
         hidden = (positions[None, :] > at[:, None]) | (at < 0)[:, None]
         return torch.exp(logits - self.lse[row][:, steps, None]).masked_fill(hidden, 0.0)

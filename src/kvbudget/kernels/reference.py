@@ -64,6 +64,11 @@ def visible(
     return allowed
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under a soft cap: ``cap * tanh(x / cap)``; as they are without one."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def row_logits(
     query: Tensor,
     key: Operand,
@@ -82,11 +87,9 @@ def row_logits(
 ) -> Tensor:
     """Scaled, capped, biased and masked logits ``[M, end - begin]`` float32 of one row's queries ``[M, D]``.
 
-    ``log_count``, ``positions``: per entry of this row ``[T]``; ``query_positions [n]``. Soft cap: ``cap * tanh(x / cap)``.
+    ``log_count``, ``positions``: per entry of this row ``[T]``; ``query_positions [n]``.
     """
-    logits = key.products(row, begin, end, query) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = capped(key.products(row, begin, end, query) * scale, softcap)
     if log_count is not None:
         logits = logits + log_count[begin:end].float()
     if causal_tail > 1 or window is not None:
@@ -268,8 +271,7 @@ def causal_attend(
         end = min(begin + block, n)
         low = 0 if window is None else max(0, begin - window + 1)
         logits = torch.einsum("hgid,htd->hgit", query[:, :, begin:end].float(), key[:, low:end].float()) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(logits, softcap)
         step = torch.arange(begin, end, device=query.device)[:, None]
         column = torch.arange(low, end, device=query.device)[None, :]
         allowed = column <= step

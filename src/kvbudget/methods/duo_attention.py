@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvbudget.errors import PolicyError
-from kvbudget.methods.razor_attention import strongest
-from kvbudget.methods.streaming_llm import Recency
-from kvbudget.policy.allocators.pinned import PinnedHeads
+from kvbudget.policy.allocators.pinned import PinnedHeads, strongest
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Protect, Recipe
+from kvbudget.policy.scorers.position import Recency
 
 
 @dataclass(frozen=True)

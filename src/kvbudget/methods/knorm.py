@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvbudget.policy.allocators.pinned import PinnedLayers
 from kvbudget.policy.base import Protect, Recipe, Scorer
 from kvbudget.policy.view import View
 
@@ -23,10 +24,11 @@ class Knorm(Recipe):
 
     Paper: Devoto et al., arXiv 2406.11430, 2024 (EMNLP), section 3: ``score = -||k||_2``. Claim: half of the cache without
     loss on language modeling, a tenth on passkeys. It needs neither queries nor attention, so it never looks at the
-    question. The reference skips layers 0 and 1, where the correlation is weak; here all layers are compressed alike.
-    Weak where keys are normalized (Qwen3, Gemma 3).
+    question. Weak where keys are normalized (Qwen3, Gemma 3), and in the first layers, which the paper's experiments leave
+    whole: with ``skip`` they keep everything, and the others share what is left of the budget.
 
     Attributes:
+        skip: first layers of the model that keep everything (the reference's default: 0; its example and experiments: 2).
         recent: newest entries that always stay (the reference has none and may drop the newest entry while decoding).
     """
 
@@ -37,7 +39,9 @@ class Knorm(Recipe):
     needs = ("keys",)
     prefix_reusable = True
 
+    skip: int = 0
     recent: int = 0
 
     def parts(self) -> dict[str, Any]:
-        return {"scorer": KeyNorm(), "protect": Protect(recent=self.recent)}
+        whole = {"heads": PinnedLayers(layers=self.skip)} if self.skip else {}
+        return {"scorer": KeyNorm(), "protect": Protect(recent=self.recent)} | whole

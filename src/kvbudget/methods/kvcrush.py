@@ -16,9 +16,10 @@ class KVCrush(Recipe):
     Paper: Jha et al., arXiv 2503.00022, 2025 (ACML), after two implementations (OpenVINO, vLLM). Entries are told apart by
     which heads find them important, one bit per KV head; ``share`` of the budget goes to rejected entries taken evenly over
     their Hamming distance to one anchor, which takes linear time where clustering would not. Token form (the published
-    page form sums scores over a page); each head's representatives come from what that head rejected, so that none is
-    kept twice. What always stays is up to the scorer (vLLM: the first 32 and the newest 128 entries). Claim: a quarter of the
-    LongBench cache with less than 1% accuracy lost, better than H2O or SnapKV alone.
+    page form sums scores over a page); votes are pooled as SnapKV's are, and ``snapkv(window=16, kernel=1)+kvcrush`` scores as
+    the vLLM port does. Each head's representatives come from what that head rejected, so that none is kept twice. What always
+    stays is up to the scorer (vLLM: the first 32 and the newest 128 entries). Claim: a quarter of the LongBench cache with
+    less than 1% accuracy lost, better than H2O or SnapKV alone.
 
     Attributes:
         share: part of the budget beyond the protected entries that goes to representatives (vLLM: 0.25; 0 is the scorer).

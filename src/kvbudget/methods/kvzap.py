@@ -24,7 +24,8 @@ class KVzap(Recipe):
     for all layers and heads, until what is above it fits, and the window shrinks to half of the budget; a forward is held
     whole until its end, so a long prompt should come in chunks. ``kvbudget calibrate kvzap --model M`` trains it by forward
     passes. The gate reads the token's queries, keys and values before RoPE instead of the hidden state that they are linear
-    maps of, and the target leaves out the norm of the value's output (KVzip+). Claim: 2 to 4 times smaller caches with
+    maps of; the target is the attention alone, or the paper's KVzip+, which weighs it by what a value adds to the output, with
+    ``kvbudget calibrate "kvzap(value_norm=True)"``. Claim: 2 to 4 times smaller caches with
     negligible loss. Sinks are protected here: a few heads score them low, and losing them there costs most of the quality.
 
     Attributes:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvbudget.methods.streaming_llm import Recency
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.destinations.recurrence import Recurrence
+from kvbudget.policy.scorers.position import Recency
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,12 @@
 """MPCache: one eviction after the prompt, then every query reads the clusters that resemble it most."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from kvbudget.errors import PolicyError
-from kvbudget.policy.base import Protect, Recipe, Scorer
+from kvbudget.policy.base import Protect, Recipe
+from kvbudget.policy.scorers.received import LatestMaximum
 from kvbudget.policy.selectors.levels import Clusters, Levels
-from kvbudget.policy.view import View
-
-
-@dataclass(frozen=True)
-class LatestMaximum(Scorer):
-    """Highest weight, mean over all heads of the layer, that any of the last ``share`` of a forward's queries paid."""
-
-    states: ClassVar[tuple[str, ...]] = ("highest",)
-    aligned: ClassVar[bool] = True
-
-    share: float = 0.2
-
-    def observe(self, view: View) -> None:
-        highest = view.state("highest").clone()
-        fresh = torch.tensor([math.ceil(self.share * new) for new in view.new_tokens], device=highest.device)
-        begin = torch.tensor(view.seen, device=highest.device) - fresh
-        for weights, steps in view.attention_rows(max(1, int(fresh.max()))):
-            counted = (steps >= begin[:, None])[:, None, None, :, None]
-            paid = (weights * counted).mean((1, 2), keepdim=True)[:, :, 0]
-            torch.maximum(highest, paid.amax(2), out=highest)
-        view.set_state("highest", highest)
-
-    def score(self, view: View) -> Tensor:
-        return view.state("highest")
 
 
 @dataclass(frozen=True)

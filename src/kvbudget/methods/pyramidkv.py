@@ -1,25 +1,12 @@
 """PyramidKV: lower layers keep more entries than upper ones."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvbudget.errors import PolicyError
 from kvbudget.methods.snapkv import SnapKV
-from kvbudget.policy.base import LayerAllocator, Recipe
-
-
-@dataclass(frozen=True)
-class Pyramid(LayerAllocator):
-    """A linear ramp over layers: selected entries fall from ``2 b - b / beta`` to ``b / beta`` around their mean b."""
-
-    beta: float = 20.0
-
-    def weights(self, measured: Sequence[float | None], mean: float, floor: float) -> list[float]:
-        last = max(len(measured) - 1, 1)
-        low = 1 / self.beta
-        high = 2 - low
-        return [high - index * (high - low) / last for index in range(len(measured))]
+from kvbudget.policy.allocators.layers import Pyramid
+from kvbudget.policy.base import Recipe
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kvbudget.errors import PolicyError
-from kvbudget.methods.streaming_llm import Recency
-from kvbudget.policy.allocators.pinned import PinnedHeads
+from kvbudget.policy.allocators.pinned import PinnedHeads, strongest
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.destinations.compensate import Compensate
+from kvbudget.policy.scorers.position import Recency
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,3 @@ class RazorAttention(Recipe):
         )
         table = tuple(tuple(row.nonzero().flatten().tolist()) for row in chosen)
         return replace(self, retrieval=table)
-
-
-def strongest(scores: Tensor, share: float) -> Tensor:
-    """The ``share`` of all heads with the highest ``scores [L, Hkv]`` (at least one unless 0): bool ``[L, Hkv]``.
-
-    Cells without a head have a negative score.
-    """
-    number = max(1, round(share * int((scores >= 0).sum()))) if share else 0
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
-    chosen[scores.flatten().topk(number).indices] = True
-    return chosen.view(scores.shape)

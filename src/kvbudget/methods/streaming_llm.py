@@ -3,18 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
-from kvbudget.policy.base import Protect, Recipe, Scorer
-from kvbudget.policy.view import View
-
-
-@dataclass(frozen=True)
-class Recency(Scorer):
-    """``score = position``: the newest entries are the best."""
-
-    def score(self, view: View) -> Tensor:
-        return view.positions.float()
+from kvbudget.policy.base import Protect, Recipe
+from kvbudget.policy.scorers.position import Recency
 
 
 @dataclass(frozen=True)

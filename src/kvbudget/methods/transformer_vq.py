@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbudget.errors import PolicyError
-from kvbudget.methods.streaming_llm import Recency
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.destinations.codewords import Codewords
+from kvbudget.policy.scorers.position import Recency
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvbudget.errors import PolicyError
-from kvbudget.methods.pyramidkv import Pyramid
+from kvbudget.policy.allocators.layers import Pyramid
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.granularity import Windows
 from kvbudget.policy.scorers.windowed import LayerWindowAttention, WindowPeaks

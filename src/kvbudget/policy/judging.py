@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvbudget.kernels.reference import capped
 from kvbudget.layer import LayerCache
 from kvbudget.policy.base import Span
 from kvbudget.policy.view import Queries, View
@@ -57,12 +58,12 @@ def log_weights(
     for begin in range(0, len(queries.query), size):
         at = slice(begin, begin + size)
         query = queries.query[at].float() * queries.scale
-        logits = _capped(query @ chunk.T, queries.softcap)
+        logits = capped(query @ chunk.T, queries.softcap)
         lse = queries.lse[at]
         if support != "all":
             lse = torch.logsumexp(logits, -1)
         if support == "chunk":
-            before = _capped(query @ first.T, queries.softcap)
+            before = capped(query @ first.T, queries.softcap)
             lse = torch.stack([queries.own[at], torch.logsumexp(before, -1), lse]).logsumexp(0)
         yield at, logits.sub_(lse[:, None])
 
@@ -88,7 +89,3 @@ def cut(layer: LayerCache, row: int, span: Span) -> tuple[Tensor, list[tuple[Any
                 cells.append((segment, begin, end))
             keys.append(segment.row_keys(row, begin, end))
     return torch.cat(keys).float(), cells
-
-
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -123,7 +123,7 @@ class HeadAllocator(Part, ABC):
     def bounded(self) -> bool:
         return False
 
-    def pinned(self, layer_idx: int) -> tuple[int, ...]:
+    def pinned(self, layer_idx: int) -> Container[int]:
         """KV heads of one layer of the model that keep everything."""
         return ()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.codecs.base import Asked
+from kvbudget.kernels.reference import capped
 from kvbudget.policy.scoring import Reduction
 
 if TYPE_CHECKING:
@@ -238,8 +239,7 @@ class View:
         for begin in range(0, query.shape[3], size):
             at = slice(begin, begin + size)
             logits = torch.einsum("bhgwd,bhtd->bhgwt", query[:, :, :, at].float(), keys) * queries.scale
-            if queries.softcap is not None:
-                logits = queries.softcap * torch.tanh(logits / queries.softcap)
+            logits = capped(logits, queries.softcap)
             if log_count is not None:
                 logits = logits + log_count
             allowed = self.positions[:, :, None, None, :] <= steps[:, None, None, at, None]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from kvbudget.kernels.reference import capped
+
 if TYPE_CHECKING:
     from kvbudget.layer import AttentionCall, LayerCache
 
@@ -70,9 +72,7 @@ def attend(layer: LayerCache, reads: Reads, call: AttentionCall) -> tuple[Tensor
     chosen[:, :, again:] = reads.read(layer.layer_idx, query[:, :, :, again:], keys, positions, visible[:, :, again:])
     read = torch.stack([chosen[:, :, i : i + reads.window].any(2) for i in range(n)], dim=2) & visible
     read[:, :, :again] &= loaded[:, :, None] <= steps[:, None, :again, None]
-    logits = torch.einsum("bhgnd,bhtd->bhgnt", query, keys) * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = capped(torch.einsum("bhgnd,bhtd->bhgnt", query, keys) * call.scale, call.softcap)
     logits = logits.masked_fill(~read[:, :, None], float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     if call.sink is not None:

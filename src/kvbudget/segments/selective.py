@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbudget.kernels.reference import capped
 from kvbudget.segments.base import Segment
 
 BLOCK = 2**22
@@ -112,9 +113,7 @@ def attend(
     outs, sums = [], []
     for begin in range(0, steps.shape[1], size):
         at = slice(begin, begin + size)
-        logits = torch.einsum("bhgnd,bhtd->bhgnt", grouped[:, :, :, at], keys) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(torch.einsum("bhgnd,bhtd->bhgnt", grouped[:, :, :, at], keys) * scale, softcap)
         if log_count is not None:
             logits = logits + log_count
         visible = (positions[:, :, None] <= steps[:, None, at, None]) & (positions >= 0)[:, :, None]

@@ -1,8 +1,10 @@
-"""Scores from the attention that entries have received: running sums, and the newest query alone."""
+"""Scores from the attention that entries have received: running sums, the newest query alone, and the highest of the last."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
@@ -47,3 +49,29 @@ class NewestAttention(HeadNewestAttention):
 
     def score(self, view: View) -> Tensor:
         return by_layer(super().score(view))
+
+
+@dataclass(frozen=True)
+class LatestMaximum(Scorer):
+    """Highest weight, mean over all heads of the layer, that any of the last ``share`` of a forward's queries paid.
+
+    Source: MPCache, arXiv 2501.06807; without a threshold.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("highest",)
+    aligned: ClassVar[bool] = True
+
+    share: float = 0.2
+
+    def observe(self, view: View) -> None:
+        highest = view.state("highest").clone()
+        fresh = torch.tensor([math.ceil(self.share * new) for new in view.new_tokens], device=highest.device)
+        begin = torch.tensor(view.seen, device=highest.device) - fresh
+        for weights, steps in view.attention_rows(max(1, int(fresh.max()))):
+            counted = (steps >= begin[:, None])[:, None, None, :, None]
+            paid = (weights * counted).mean((1, 2), keepdim=True)[:, :, 0]
+            torch.maximum(highest, paid.amax(2), out=highest)
+        view.set_state("highest", highest)
+
+    def score(self, view: View) -> Tensor:
+        return view.state("highest")
