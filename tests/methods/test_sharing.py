@@ -103,8 +103,9 @@ def test_windows_are_those_of_masked_attention_and_count_as_a_floor():
         KVCache(served, "knorm+mixattention(every=2, window=16)", "40000B")
 
 
-@pytest.mark.parametrize("budget", [40, "60KiB"])
-@pytest.mark.parametrize("scorer", ["cake(window=8)", "snapkv(window=8)+adakv+kivi(residual=32)"])
+@pytest.mark.parametrize(
+    ("scorer", "budget"), [("cake(window=8)", 40), ("snapkv(window=8)+adakv+kivi(residual=32)", "60KiB")]
+)
 def test_the_owner_is_evicted_once_and_rows_equal_their_single_runs(scorer, budget):
     served, policy = model(), f"{scorer}+cla(owners=(0, 1, 0, 3, 1))"
     texts = [random_text(n, seed=n) for n in (60, 120, 97)]
