@@ -2,8 +2,8 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/thread_shares.py [--threads 2] [--lengths 65536,8192,8192] [--calls 200]
 
-The share that the busiest thread would have if whole heads were dealt out, the longest first, stands beside it. Threads must
-not spin while they wait, hence the variable.
+Beside it stand the largest share of the entries that the kernel gives a thread, and what the best placement of whole heads
+would. Threads must not spin while they wait, hence the variable.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from kvbudget import kernels
-from kvbudget.kernels import DenseOperand
+from kvbudget.kernels import DenseOperand, native
+from kvbudget.placement import balanced
 
 
 def busy() -> dict[str, int]:
@@ -38,11 +39,11 @@ def main() -> None:
     for _ in range(chosen.calls):
         kernels.attend(query, key, value, lengths, scale=0.125)
     spent = sorted((after - before.get(name, 0) for name, after in busy().items()), reverse=True)[: chosen.threads]
-    loads = [0] * chosen.threads
-    for length in sorted(lengths, reverse=True):
-        loads[loads.index(min(loads))] += length
+    shares = map(sum, native.thread_shares(lengths, chosen.threads))
+    whole = balanced(lengths, chosen.threads).slowest(lengths)
     print(
-        f"busiest thread: {spent[0] / sum(spent):.1%} of the time; by whole heads {max(loads) / sum(loads):.1%} of the entries"
+        f"busiest thread: {spent[0] / sum(spent):.1%} of the time for {max(shares) / sum(lengths):.1%} of the entries; "
+        f"by whole heads {whole / sum(lengths):.1%} of the entries"
     )
 
 

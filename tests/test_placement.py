@@ -44,6 +44,19 @@ def test_copies_never_hurt_and_loads_are_conserved(loads, devices):
         before = placement.slowest(loads)
 
 
+@settings(max_examples=20)
+@given(lengths=st.lists(st.integers(0, 9000), min_size=1, max_size=4), threads=st.integers(1, 3))
+def test_threads_of_the_native_kernels_have_the_loads_of_copies_at_will(lengths, threads):
+    native = pytest.importorskip("kvbudget.kernels.native")
+    shares = native.thread_shares(lengths, threads)
+    assert [sum(column) for column in zip(*shares, strict=True)] == lengths
+    limit = balanced(lengths, threads, extra=len(lengths) * (threads - 1))
+    even = pytest.approx([sum(lengths) / threads] * threads)
+    assert limit.loads(lengths) == even
+    assert all(abs(sum(own) - load) <= 32 for own, load in zip(shares, limit.loads(lengths), strict=True))
+    assert sum(n > 0 for own in shares for n in own) - sum(n > 0 for n in lengths) <= threads - 1
+
+
 def test_many_heads_stay_within_the_bound_of_longest_first():
     loads = (torch.rand(64, generator=torch.Generator().manual_seed(1)) ** 4 * 1000).tolist()
     for devices in (3, 8):

@@ -1,4 +1,10 @@
-"""Placement: which device holds which KV heads when heads keep different numbers of entries (FairKV, arXiv 2502.15804)."""
+"""Placement: which device holds which KV heads when heads keep different numbers of entries (FairKV, arXiv 2502.15804).
+
+Threads of the native kernels are the limit of it. They share one memory, so that every head may be copied to every thread
+at no price, and a copy serves a part of its head's entries in place of a part of the batch: the heads lie end to end and
+are cut into equal shares (`split` in ``kernels/native/driver.cpp``). These are the loads of `balanced` with as many copies
+as there can be, by one cut less than there are threads.
+"""
 
 from __future__ import annotations
 
@@ -55,18 +61,21 @@ def balanced(entries: Sequence[float], devices: int, extra: int = 0) -> Placemen
     """A placement whose slowest device has as little to do as possible, with up to ``extra`` copies of heads.
 
     Heads are partitioned by an exact search that begins with the longest one first (for many heads it ends with the best
-    found). Copies are added one at a time to the head whose copy helps most, as long as one helps; a copied head counts
-    ``entries / copies`` on each of its devices. Where plain tensor parallelism is as good, it is kept.
+    found). Copies are added one at a time to the head whose copy helps most, and as many of them are taken as help; a
+    copied head counts ``entries / copies`` on each of its devices. With ``heads * (devices - 1)`` copies every device has
+    all heads for its part of the batch, and none waits. Where plain tensor parallelism is as good, it is kept.
 
     >>> balanced([6.0, 1.0, 1.0, 4.0], 2).loads([6.0, 1.0, 1.0, 4.0])
     [6.0, 6.0]
     >>> balanced([8.0, 2.0], 2, extra=1).loads([8.0, 2.0])
     [6.0, 4.0]
+    >>> balanced([8.0, 2.0], 2, extra=2).loads([8.0, 2.0])
+    [5.0, 5.0]
     """
     plain = contiguous(len(entries), devices)
     if not all(0 <= n < float("inf") for n in entries):
         raise KVBudgetError(f"the numbers of entries {list(entries)} must be finite and at least 0")
-    copies = [1] * len(entries)
+    copies, least = [1] * len(entries), sum(entries) / devices
     best = _partition(entries, copies, devices)
     for _ in range(extra):
         tried = []
@@ -74,12 +83,11 @@ def balanced(entries: Sequence[float], devices: int, extra: int = 0) -> Placemen
             if number < devices:
                 more = [n + (h == head) for h, n in enumerate(copies)]
                 tried.append((_partition(entries, more, devices), more))
-        if not tried:
+        if not tried or best.slowest(entries) <= least * (1 + 1e-12):
             break
-        found, more = min(tried, key=lambda pair: pair[0].slowest(entries))
-        if found.slowest(entries) >= best.slowest(entries) * (1 - 1e-12):
-            break
-        best, copies = found, more
+        found, copies = min(tried, key=lambda pair: pair[0].slowest(entries))
+        if found.slowest(entries) < best.slowest(entries) * (1 - 1e-12):
+            best = found
     spare = sum(map(len, plain.heads)) - len(entries)
     plain_allowed = spare <= extra and plain.slowest(entries) <= best.slowest(entries) * (1 + 1e-12)
     return plain if plain_allowed else best

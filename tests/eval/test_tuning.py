@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import warnings
 
 import pytest
 from test_runner import folder  # noqa: F401  # the fixture
@@ -55,6 +56,18 @@ def test_tied_layers_have_one_weight():
         lambda p: [-sum((w - g) ** 2 for w, g in zip(x, [1.5, 1.5, 0.6, 0.6, 1.2, 1.2, 0.9], strict=True)) for x in p],
     )
     assert value > -0.01 and best[0] == best[1] and best[2] == best[3] and best[4] == best[5] != best[6]
+
+
+@needs_cmaes
+def test_a_search_that_cannot_learn_is_refused():
+    for few in (1, 2, 3):
+        with pytest.raises(KVBudgetError, match=f"population of {few} .* at least 4"):
+            Search(population=few)
+    with pytest.raises(KVBudgetError, match="tie=7 leaves one weight for 7 layers"):
+        Search(tie=7).run(7, likeness)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Search(group=4, population=4, generations=2).run(7, likeness)
 
 
 def setup(folder, **changes) -> Setup:  # noqa: F811

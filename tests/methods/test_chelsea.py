@@ -4,6 +4,7 @@ import pytest
 import torch
 from brute import run
 from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
@@ -85,6 +86,26 @@ def test_clusters_of_neighbors_are_nearly_as_tight_as_those_of_kmeans():
     spread = sum(float((keys[group].double() - centroid).square().sum()) for centroid, group in ours)
     means, nearest = kmeans(keys, 8)
     assert spread <= 1.3 * float((keys - means[nearest]).square().sum())
+
+
+def test_products_grow_with_the_text_and_not_with_its_square():
+    """Multiplications of scoring and clustering, counted, for fixed chunks: twice the entries, twice as many."""
+    counted = []
+    for number in (512, 1024):
+        parts = parse("chelsea(chunk=32, sinks=0, recent=0)").parts()
+        keys = torch.randn(number, 8, generator=torch.Generator().manual_seed(0))
+        layer = LayerCache(0, 1, states=("count",))
+        layer.append(keys[None, None], keys[None, None], None)
+        keep = torch.zeros(1, number, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter:
+            scores = parts.scorer.score(View(layer))[0, 0]
+            keep[0, scores.argsort(descending=True, stable=True)[: number // 4]] = True
+            key, value, meta, counts = layer.main[0].gather(~keep)
+            layer.evict(keep)
+            gone = Evicted(key, value, meta["position"], scores[~keep[0]], counts, meta["count"])
+            parts.destination.receive(layer, gone)
+        counted.append(counter.get_total_flops())
+    assert counted[0] and counted[1] < 2.1 * counted[0], counted
 
 
 def test_sides_can_be_exchanged_and_single_entries_stay_alone():

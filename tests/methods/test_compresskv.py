@@ -55,9 +55,13 @@ def voted(heads: Sequence[Sequence[int]], window: int = 8, kernel: int = 5):
     return rule
 
 
-@pytest.mark.parametrize("sizes", [[100] + [1] * 10, chunks(100, 40) + [1] * 6], ids=len)
-def test_the_selected_heads_vote_for_all(sizes):
-    model, heads = tiny_model("llama"), [[3, 1], [0, 2]]
+@pytest.mark.parametrize(
+    ("heads", "sizes"),
+    [([[3, 1], [0, 2]], [100] + [1] * 10), ([[3, 1], [0, 2]], chunks(100, 40) + [1] * 6), ([[0, 1, 2, 3]] * 2, [120])],
+    ids=["steps", "chunks", "all heads: snapkv with one set"],
+)
+def test_the_selected_heads_vote_for_all(heads, sizes):
+    model = tiny_model("llama")
     cache = KVCache(model, with_heads(model, heads, [0.5, 0.5]), 40, when="every(1)")
     run(model, cache, random_text(sum(sizes)), sizes, Brute(voted(heads), 40))
 

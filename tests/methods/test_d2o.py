@@ -98,14 +98,6 @@ def test_threshold_follows_its_recursion_per_head():
         layer.check_integrity()
 
 
-def test_duplicates_leave_their_anchors_as_they_are():
-    layer = dense_layer(2, 20)
-    keys, values = layer.main[0].keys().clone(), layer.main[0].values().clone()
-    MergeNearest().receive(layer, evicted([keys[0, [3, 3, 7]], keys[1, :2]], [values[0, [3, 3, 7]], values[1, :2]]))
-    torch.testing.assert_close(layer.main[0].keys(), keys)
-    torch.testing.assert_close(layer.main[0].values(), values)
-
-
 def test_only_what_is_near_enough_is_merged():
     layer = dense_layer(1, 10)
     keys, values = layer.main[0].keys().clone(), layer.main[0].values().clone()

@@ -7,6 +7,11 @@ from torch.nn.functional import avg_pool1d, cosine_similarity
 
 from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
+from kvbudget.layer import LayerCache
+from kvbudget.methods.ems import GlobalLocal
+from kvbudget.policy.scorers.received import AccumulatedAttention
+from kvbudget.policy.scorers.window import WindowAttention
+from kvbudget.policy.view import View
 from tiny import random_text, tiny_model
 
 WINDOW, LENGTH, BUDGET = 16, 150, 40
@@ -65,6 +70,24 @@ def test_a_threshold_above_one_is_pure_eviction(threshold, merges):
     assert kept_positions(cache, 0) == kept_positions(plain, 0)
     same = torch.equal(cache.enforcer.layers[0].main[0].values(), plain.enforcer.layers[0].main[0].values())
     assert same != merges
+
+
+def test_without_one_of_its_two_sides_it_ranks_as_snapkv_or_by_accumulated_attention():
+    torch.manual_seed(0)
+    layer = LayerCache(0, 2, states=GlobalLocal.states)
+    tokens = torch.randn(1, 2, 60, 4)
+    layer.append(tokens, tokens, None)
+    view, early = View(layer), 60 - WINDOW
+    votes, received = torch.rand(2, 1, 2, 60)
+    view.set_state("votes", votes)
+    view.set_state("received", torch.zeros_like(received))
+    local = WindowAttention(WINDOW, 7).score(view)
+    torch.testing.assert_close(GlobalLocal(WINDOW, 7).score(view), local, atol=0, rtol=0)
+    view.set_state("votes", torch.ones_like(votes))  # no entry above another
+    view.set_state("received", received)
+    found = GlobalLocal(WINDOW, 1).score(view)[..., :early]
+    per_query = AccumulatedAttention().score(view)[..., :early] / (60 - torch.arange(early))
+    assert found.argsort().equal(per_query.argsort())
 
 
 def test_negative_candidates_are_refused():

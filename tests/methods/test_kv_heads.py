@@ -73,6 +73,19 @@ def test_the_error_on_the_texts_is_the_tail_of_the_singular_values(rank):
         torch.testing.assert_close(error, tail, atol=1e-3, rtol=1e-3)
 
 
+def test_the_basis_of_texts_loses_less_than_the_mean_of_heads():
+    """What converting heads by their mean does is a basis, too: the same number for each channel of each head."""
+    model, ids = tiny_model("llama"), random_text(90, seed=7)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    fitted(model)
+    errors = [float((feed(model, KVCache(model, "kv_heads"), ids, [60, 30]) - expected).square().mean())]
+    mean = torch.eye(16).repeat(2, 1).div(2**0.5).expand(2, 1, -1, -1).contiguous()
+    Artifact("kv_heads", fingerprint(model), {"keys": mean, "values": mean}, {}).save()
+    errors.append(float((feed(model, KVCache(model, "kv_heads"), ids, [60, 30]) - expected).square().mean()))
+    assert errors[0] < 0.9 * errors[1], errors
+
+
 @pytest.mark.parametrize("given", [{"group": 1}, {"group": 2, "rank": 32}], ids=str)
 def test_full_rank_is_exact(given):
     model, ids = tiny_model("llama"), random_text(90)

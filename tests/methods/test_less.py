@@ -12,12 +12,15 @@ from kvbudget.cache import KVCache
 from kvbudget.calibrate import build, calibrate
 from kvbudget.calibrate.base import watch
 from kvbudget.errors import PolicyError
+from kvbudget.kernels import merge
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Evicted
+from kvbudget.policy.destinations import recurrence
 from kvbudget.policy.destinations.recurrence import Recurrence, key_features, query_features
 from kvbudget.segments.base import AttendContext
+from kvbudget.segments.dense import DenseSegment
 from tiny import random_text, tiny_model
 
 
@@ -66,6 +69,23 @@ def test_the_state_is_a_sum_in_any_order_and_answers_by_its_features():
             torch.testing.assert_close(found[0].lse[row, rows], mass.sum(-1).log(), atol=1e-4, rtol=1e-4)
             expected = mass @ value[row] / mass.sum(-1, keepdim=True)
             torch.testing.assert_close(found[0].out[row, rows], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_that_give_the_exponential_make_it_full_attention(monkeypatch):
+    """Keys that are unit vectors are their own features, and a query's are the exponentials of its products with them."""
+    monkeypatch.setattr(recurrence, "key_features", lambda key, own: key)
+    monkeypatch.setattr(recurrence, "query_features", lambda query, own: (query * 0.5).exp())
+    key, value, query = torch.eye(8)[torch.randint(8, (2, 30))], torch.randn(2, 30, 8), torch.randn(2, 6, 8)
+    layer = LayerCache(0, 2)
+    layer.start(1)
+    gone = key[:, :25].flatten(0, 1), value[:, :25].flatten(0, 1), torch.arange(25).int().repeat(2)
+    Recurrence(8, weights()).receive(layer, Evicted(*gone, torch.zeros(50), [25, 25]))
+    kept = DenseSegment(2)
+    kept.append(key[:, 25:].flatten(0, 1), value[:, 25:].flatten(0, 1), {"position": torch.arange(10).int()}, [5, 5])
+    found = merge([segment.attend(query, AttendContext(0.5)) for segment in (layer.front[0], kept)])
+    logits = query @ key.mT * 0.5
+    torch.testing.assert_close(found.lse, logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.out, logits.softmax(-1) @ value, atol=1e-4, rtol=1e-4)
 
 
 def test_the_cache_answers_as_the_training_says():

@@ -61,6 +61,26 @@ def test_weights_are_those_of_the_formulas(weights):
         assert float(found.meta.row("count", 0)[a]) == 1 + len(mine)
 
 
+@pytest.mark.parametrize(
+    ("part", "weights"),
+    [(MergeNearest, w) for w in ("mean", "pivot", "cosine", "softmax", "score", "count")] + [(MergeNearby, "mean")],
+)
+def test_duplicates_leave_their_anchors_as_they_are(part, weights):
+    """Of the anchor that is nearest by key and by position; entries that nothing resembles join none by key."""
+    torch.manual_seed(4)
+    keys, values = torch.linalg.qr(torch.randn(8, 8)).Q, torch.randn(4, 8)
+    layer = layer_of(keys[:4], values, [0, 4, 8, 12], 16)
+    twins = leaving(keys[[0, 1, 1]], values[[0, 1, 1]], [1, 3, 5], torch.rand(3), torch.rand(4))
+    options = {"least": 0.6} if part is MergeNearest else {}
+    merger = part(weights=weights, counts=True, **options)
+    merger.receive(layer, twins)
+    assert layer.main[0].meta.row("count", 0).tolist() == [2, 3, 1, 1]
+    if part is MergeNearest:
+        merger.receive(layer, leaving(keys[4:], values, [2, 6, 9, 13], torch.rand(4), torch.rand(4)))
+    torch.testing.assert_close(layer.main[0].keys()[0], keys[:4])
+    torch.testing.assert_close(layer.main[0].values()[0], values)
+
+
 PARTS = [MergeNearest(least=-1.0, weights="count", counts=True), Cluster(4), MergeNearby(weights="count", counts=True)]
 
 

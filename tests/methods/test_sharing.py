@@ -75,15 +75,25 @@ def test_the_layers_of_mixattention():
 
 
 def test_windows_are_those_of_masked_attention_and_count_as_a_floor():
-    """Windows as wide as the text change nothing; narrow ones bound what is held."""
+    """Windows as wide as the text change nothing; narrow ones are masks, and bound what is held."""
     ids = random_text(120)
     served = model()
+    step = torch.arange(120)
+    near = (step <= step[:, None]) & (step > step[:, None] - 16)
+    masked = model()
+    for index in (1, 3):
+        masked.model.layers[index].self_attn.register_forward_pre_hook(
+            lambda module, args, options: (args, options | {"attention_mask": near[None, None]}), with_kwargs=True
+        )
+    with torch.inference_mode():
+        windowed = masked(ids, past_key_values=Reading([0, 1, 0, 3, 0])).logits
     wide = feed(served, KVCache(served, "mixattention(every=2, window=120)"), ids, [100] + [1] * 20)
     torch.testing.assert_close(wide, expected(ids, [0, 1, 0, 3, 0]), atol=1e-4, rtol=0)
     narrow = KVCache(served, "mixattention(every=2, window=16)")
     chunked = feed(served, narrow, ids, chunks(100, 30) + [1] * 20)
     once = feed(served, KVCache(served, "mixattention(every=2, window=16)"), ids, [120])
-    torch.testing.assert_close(chunked, once, atol=1e-4, rtol=0)
+    torch.testing.assert_close(chunked, windowed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(once, windowed, atol=1e-4, rtol=0)
     held = [max(store.kept()[0]) for store in narrow.stores]
     assert held[0] == 120 and 15 <= min(held[1:]) <= max(held[1:]) <= 15 + 64
     budgeted = KVCache(served, "knorm+mixattention(every=2, window=16)", "48KiB")
@@ -93,8 +103,9 @@ def test_windows_are_those_of_masked_attention_and_count_as_a_floor():
         KVCache(served, "knorm+mixattention(every=2, window=16)", "40000B")
 
 
-@pytest.mark.parametrize("budget", [40, "60KiB"])
-@pytest.mark.parametrize("scorer", ["cake(window=8)", "snapkv(window=8)+adakv+kivi(residual=32)"])
+@pytest.mark.parametrize(
+    ("scorer", "budget"), [("cake(window=8)", 40), ("snapkv(window=8)+adakv+kivi(residual=32)", "60KiB")]
+)
 def test_the_owner_is_evicted_once_and_rows_equal_their_single_runs(scorer, budget):
     served, policy = model(), f"{scorer}+cla(owners=(0, 1, 0, 3, 1))"
     texts = [random_text(n, seed=n) for n in (60, 120, 97)]

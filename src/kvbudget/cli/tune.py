@@ -32,7 +32,9 @@ def tune(
     group: Annotated[int, typer.Option(help="Weights of layers that are searched together.", min=2)] = 8,
     tie: Annotated[int, typer.Option(help="Neighboring layers that share one weight.", min=1)] = 1,
     generations: Annotated[int, typer.Option(help="Of each group.", min=1)] = 6,
-    population: Annotated[int, typer.Option(help="Candidates per generation; 0: by the size of a group.", min=0)] = 0,
+    population: Annotated[
+        int, typer.Option(help="Candidates per generation, 4 or more; 0: by the size of a group.", min=0)
+    ] = 0,
     sigma: Annotated[float, typer.Option(help="First step of the search; 1 is a layer's mean share.", min=0.01)] = 0.3,
     seed: Annotated[int, typer.Option(help="Of examples and search.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

@@ -26,6 +26,8 @@ from kvbudget.policy.policy import Policy
 
 LEAST, MOST = 0.05, 4.0
 """Bounds of a layer's weight, where 1 is the mean."""
+FEWEST = 4
+"""Candidates per generation that CMA-ES needs: with fewer, its better half is a single one, and it adapts no covariance."""
 Weights = tuple[float, ...]
 Progress = Callable[[int, int, float], None]
 Compute = Callable[[Sequence[Weights]], Iterable[float]]
@@ -126,7 +128,7 @@ class Search:
     Attributes:
         group: weights per group (nearly equal groups of at most so many; paper: 8, *unverified*).
         generations: per group.
-        population: candidates per generation (0: ``4 + 3 ln group``).
+        population: candidates per generation, at least `FEWEST` (0: ``4 + 3 ln group``).
         sigma: first step, where 1 is a layer's mean budget (paper: 0.3, *unverified*).
         seed: of the search.
         tie: neighboring layers that have one weight (paper: 1): fewer to find by as many evaluations, and to be fitted to them.
@@ -139,14 +141,26 @@ class Search:
     seed: int = 0
     tie: int = 1
 
+    def __post_init__(self) -> None:
+        if 0 < self.population < FEWEST:
+            raise KVBudgetError(
+                f"a population of {self.population} is too small for CMA-ES, which learns from the better half of it; give at "
+                f"least {FEWEST}, or 0 for a size that goes with the group"
+            )
+
     def run(self, layers: int, fitness: Map, progress: Progress | None = None) -> tuple[Weights, float]:
         """The best weights found for ``layers`` layers, and their fitness.
 
         Raises:
-            KVBudgetError: when the package cmaes is not installed.
+            KVBudgetError: when the package cmaes is not installed, or all layers are tied to one weight.
         """
         cmaes = _cmaes()
         tied = -(-layers // self.tie)
+        if tied < 2:
+            raise KVBudgetError(
+                f"tie={self.tie} leaves one weight for {layers} layers, so that there is nothing to search; two are needed: a "
+                "smaller tie, or a model of more layers"
+            )
 
         def spread(weights: Weights) -> Weights:
             return tuple(weights[layer // self.tie] for layer in range(layers))

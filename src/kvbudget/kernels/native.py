@@ -24,6 +24,11 @@ def use_instruction_set(name: str) -> None:
         raise KVBudgetError(f"this machine cannot run the {name!r} kernels; it runs {_native.instruction_set()!r}")
 
 
+def thread_shares(lengths: Sequence[int], threads: int) -> list[list[int]]:
+    """Entries of each row that each of ``threads`` attends to where rows hold so many: ``[threads][rows]``."""
+    return _native.shares(lengths, threads)
+
+
 def reads(operand: Operand, query: Tensor) -> bool:
     """Whether the extension attends to an operand as it is, with such queries."""
     return query.is_cpu and query.dtype in TYPES and describe(operand) is not None

@@ -27,6 +27,7 @@ class EpiCacheLayers(Recipe):
     """
 
     name = "epicache_layers"
+    aliases = ("epicache_alloc",)
     role = "allocator over layers"
     phase = "wherever the scorer acts"
     paper = "EpiCache: Episodic KV Cache Management for Long Conversational Question Answering, arXiv 2509.17396, 2025"

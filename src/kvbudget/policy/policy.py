@@ -17,6 +17,12 @@ from kvbudget.policy.clusters import HeadClusters
 from kvbudget.policy.scorers.shared import Following, Shared
 from kvbudget.policy.scorers.staged import Staged
 
+ELSEWHERE = {
+    "fairkv": "it places heads on devices, and is no policy of a cache; run kvbudget plan --tensor-parallel 2",
+    "kvtc": "it codes saved caches, and is no policy of one; call cache.save(path, 'kvtc')",
+}
+"""Published methods that are not policies, and what to do instead."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -147,10 +153,17 @@ def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def build(registry: Mapping[str, type[Recipe]], name: str, parameters: Mapping[str, Any]) -> Recipe:
     """Makes a recipe from its name (or an alias) and parameters; refuses unknown ones with the nearest match."""
+    kind = named(registry, name)
+    return kind(**checked(kind, parameters))
+
+
+def named(registry: Mapping[str, type[Recipe]], name: str) -> type[Recipe]:
+    """The recipe with this name or alias; PolicyError with the nearest match where there is none."""
     known = {alias: kind for kind in registry.values() for alias in (kind.name, *kind.aliases)}
-    if name not in known:
-        raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
-    return known[name](**checked(known[name], parameters))
+    if name in known:
+        return known[name]
+    remedy = f": {ELSEWHERE[name]}" if name in ELSEWHERE else nearest(name, known)
+    raise PolicyError(f"unknown method {name!r}{remedy}")
 
 
 def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]:

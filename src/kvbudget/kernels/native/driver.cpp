@@ -58,20 +58,18 @@ int useful_threads(const Job& job, int threads) {
   return work < kSerialWork ? 1 : std::max(threads, 1);
 }
 
-// Equal shares of the entries of all rows, cut where no group of per-channel codes is torn.
-Split split(const Job& job, int threads) {
+// Equal shares of the entries of all rows, which are cut at multiples of `grain` alone.
+Split split(const int64_t* lengths, int rows, int64_t grain, int threads) {
   Split s;
-  int64_t total = 0, left = 0, grain = 32;
-  for (const Operand* x : {&job.key, &job.value})
-    if (x->kind == Kind::channel) grain = std::max<int64_t>(grain, x->group);
-  for (int r = 0; r < job.rows; ++r) total += job.lengths[r];
+  int64_t total = 0, left = 0;
+  for (int r = 0; r < rows; ++r) total += lengths[r];
   int row = 0;
   int64_t at = 0;
   for (int t = 0; t < threads; ++t) {
     s.first.push_back(s.ranges.size());
     const int64_t until = total * (t + 1) / threads;
-    while (row < job.rows && (left < until || t + 1 == threads)) {
-      const int64_t length = job.lengths[row];
+    while (row < rows && (left < until || t + 1 == threads)) {
+      const int64_t length = lengths[row];
       int64_t end = length;
       if (t + 1 < threads && left + (length - at) > until) {
         end = std::min(length, (at + (until - left) + grain / 2) / grain * grain);
@@ -85,6 +83,16 @@ Split split(const Job& job, int threads) {
   }
   s.first.push_back(s.ranges.size());
   return s;
+}
+
+constexpr int64_t kGrain = 32;
+
+// Cut where no group of per-channel codes is torn.
+Split split(const Job& job, int threads) {
+  int64_t grain = kGrain;
+  for (const Operand* x : {&job.key, &job.value})
+    if (x->kind == Kind::channel) grain = std::max<int64_t>(grain, x->group);
+  return split(job.lengths, job.rows, grain, threads);
 }
 
 uint8_t* scratch(size_t bytes) {
@@ -153,6 +161,15 @@ const Kernels* best_kernels() {
   for (const char* name : {"avx512", "avx2"})
     if (const Kernels* kernels = named_kernels(name)) return kernels;
   return &generic_kernels();
+}
+
+std::vector<std::vector<int64_t>> shares(const std::vector<int64_t>& lengths, int threads) {
+  const int rows = static_cast<int>(lengths.size());
+  const Split s = split(lengths.data(), rows, kGrain, threads);
+  std::vector<std::vector<int64_t>> entries(threads, std::vector<int64_t>(rows));
+  for (int t = 0; t < threads; ++t)
+    for (size_t i = s.first[t]; i < s.first[t + 1]; ++i) entries[t][s.ranges[i].row] += s.ranges[i].end - s.ranges[i].begin;
+  return entries;
 }
 
 void attend(const Kernels& kernels, const Job& job, int threads, float* out, float* lse, float* logits) {

@@ -11,6 +11,9 @@ namespace kvbudget {
 const Kernels* best_kernels();
 const Kernels* named_kernels(const char* name);
 
+// Entries of each row that each of the threads attends to: [threads][rows].
+std::vector<std::vector<int64_t>> shares(const std::vector<int64_t>& lengths, int threads);
+
 // out [rows, M, Dv], lse [rows, M]; logits (may be null) row after row [M, length].
 void attend(const Kernels&, const Job&, int threads, float* out, float* lse, float* logits);
 // sums: row after row [length], against lse [rows, M]; or the weights themselves, row after row [M, length]. Either may be null.

@@ -402,6 +402,7 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&lane))
       .def("step", &lane_step)
       .def("accumulate", &lane_accumulate);
+  m.def("shares", &kvbudget::shares, "Entries of each row that each thread attends to, by the rows' lengths.");
   m.def("instruction_set", [] { return std::string(kernels->name); });
   m.def("use", &use, "Switches to the kernels of an instruction set; False where the machine cannot run them.");
 }
