@@ -129,6 +129,8 @@ def test_parts_compare_like_the_text() -> None:
     [
         ("snapkw", r"unknown method 'snapkw'; did you mean 'snapkv'\?"),
         ("snapkv+pyramidd", r"unknown method 'pyramidd'; did you mean 'pyramid'\?"),
+        ("nosuch", r"unknown method 'nosuch'; known: a2ats, .*snapkv"),
+        ("snapkv+kvtc", r"kvtc codes caches that are saved.* cache.save\(path, codec='kvtc'\)"),
         ("zzzzzz", r"unknown method 'zzzzzz'; known: a2ats, .*snapkv"),
         ("snapkv(windw=3)", r"snapkv has no parameter 'windw'; did you mean 'window'\?"),
         ("full(window=3)", r"full takes no parameters, got window=3"),

@@ -16,9 +16,10 @@ from rich.table import Table
 
 from kvbudget.cli import catalog
 from kvbudget.cli.shell import print_json, stdout
-from kvbudget.errors import KVBudgetError, PolicyError, nearest
+from kvbudget.errors import KVBudgetError
 from kvbudget.methods import registry
 from kvbudget.policy.base import Recipe
+from kvbudget.policy.policy import find
 
 _PARAMETER = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
@@ -49,7 +50,7 @@ def methods(
         else:
             _table()
         return
-    kind = _find(name)
+    kind = find(registry(), name)
     if json:
         print_json(describe(kind))
     else:
@@ -120,13 +121,6 @@ def _parameters(kind: type[Recipe], text: str) -> list[dict[str, Any]]:
         for field in fields(kind)  # type: ignore[arg-type]
         if field.repr
     ]
-
-
-def _find(name: str) -> type[Recipe]:
-    known = {alias: kind for kind in registry().values() for alias in (kind.name, *kind.aliases)}
-    if name not in known:
-        raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
-    return known[name]
 
 
 def _table() -> None:

@@ -147,10 +147,21 @@ def parse_terms(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def build(registry: Mapping[str, type[Recipe]], name: str, parameters: Mapping[str, Any]) -> Recipe:
     """Makes a recipe from its name (or an alias) and parameters; refuses unknown ones with the nearest match."""
+    kind = find(registry, name)
+    return kind(**checked(kind, parameters))
+
+
+def find(registry: Mapping[str, type[Recipe]], name: str) -> type[Recipe]:
+    """The recipe of this name or alias; refuses unknown ones with the nearest match."""
     known = {alias: kind for kind in registry.values() for alias in (kind.name, *kind.aliases)}
+    if name == "kvtc":
+        raise PolicyError(
+            "kvtc codes caches that are saved, not caches in use, so it is no policy; give it to cache.save(path, codec='kvtc') "
+            "or kvbudget run --save FILE --codec kvtc"
+        )
     if name not in known:
         raise PolicyError(f"unknown method {name!r}{nearest(name, known)}")
-    return known[name](**checked(known[name], parameters))
+    return known[name]
 
 
 def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]:
