@@ -318,7 +318,7 @@ def test_long_prompts_are_refused_unless_allowed(model_folder, tmp_path):
         (("--protect", "5-9"), "neither a role"),
         (("--protect", "9:5", "--policy", "snapkv", "--budget", "64"), "start < end"),
         (("--protect", "system", "--policy", "snapkv", "--budget", "64"), "no message of this role"),
-        (("--compare", "fool"), "did you mean 'full'?"),
+        (("--compare", "ful"), "did you mean 'full'?"),
         (("--compare", "full", "--temperature", "1", "--policy", "snapkv", "--budget", "64"), "greedy"),
         (("--max-new-tokens", "0"), "at least 1"),
         (("--dtype", "float23"), "float32, bfloat16, float16"),

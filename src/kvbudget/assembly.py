@@ -43,28 +43,22 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             f"when='after_prefill' lets the cache grow while decoding, so the byte budget {budget} cannot hold; "
             "use when='over_budget', or give tokens or a fraction"
         )
-    if isinstance(parts.selector, LookingBack) and (evicts or parts.codec is not None):
+    if isinstance(parts.selector, LookingBack) and (evicts or parts.codec is not None or parts.sharing is not None):
         raise PolicyError(
             f"{policy}: queries that are answered again need every entry as it was, so no method that evicts or codes goes "
             "with this selector; use it alone"
         )
     shares = any(layer.owner is not None for layer in geometry.layers)
-    if (shares or parts.sharing is not None) and parts.selector is not None:
+    if shares and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use shared layers or the selector")
     if parts.sharing is not None and parts.sharing.merges:
         grouped = not parts.sharing.aligned or shares
-        moved = parts.position_mode == "moved" or (grouped and parts.layers is not None)
+        moved = parts.position_mode != "original" or (grouped and parts.layers is not None)
         if moved or parts.destination is not None or parts.codec is not None:
             held = "what is coded together holds" if parts.sharing.aligned else "merged layers hold"
             raise PolicyError(
                 f"{policy}: {held} the same entries, as they are; {'allocators over layers, ' if grouped else ''}codecs, "
-                "destinations and moved positions do not go with that"
-            )
-        ranked = parts.refinement is not None or parts.stages is not None or parts.plan is not None
-        if parts.sharing.aligned and (ranked or parts.position_mode != "original"):
-            raise PolicyError(
-                f"{policy}: heads that are coded together hold the same entries where they are; plans, stages, second looks at "
-                "scores and positions inside of the cache do not go with them; use a plain scorer, such as snapkv"
+                "destinations and moved positions do not go with that; use a scorer alone, at positions='original'"
             )
     if isinstance(parts.projection, HeadClusters):
         others = (
@@ -89,7 +83,7 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
                 "model's own heads, does not go with them; use another scorer, with original positions"
             )
-    if parts.thinning and (parts.sharing is not None or parts.projection is not None):
+    if parts.thinning and (shares or parts.projection is not None):
         raise PolicyError(
             f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
         )

@@ -31,5 +31,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     "; did you mean 'snapkv'?"
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else "; known: " + ", ".join(names)

@@ -175,6 +175,44 @@ def test_saved_caches_hold_layers_once_and_go_on_alike(tmp_path, monkeypatch):
     torch.testing.assert_close(*logits)
 
 
+CHOOSING = (
+    "roco(every=1)",
+    "fair(cuts=(30,), window=8)",
+    "snapkv(window=8)+scope(recent=8)",
+    "laq(first=8)",
+    "kvzip(uniform=True)",
+    "finch(positions='original', window=8)",
+    "streaming_llm+kcache(top=16)",
+    "pyramidinfer(window=8)",
+)
+
+
+def answered(model, policy: str) -> tuple[KVCache, Tensor]:
+    """A cache of 48 entries after a prompt of 110 tokens and ten more, and the logits of these."""
+    ids, cache = random_text(120), KVCache(model, policy, 48, max_length=120)
+    cache.prefill(model, ids[:, :110])
+    with torch.inference_mode():
+        logits = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(110, 120)])
+    cache.check_integrity()
+    return cache, logits
+
+
+@pytest.mark.parametrize("policy", CHOOSING)
+def test_entries_are_chosen_in_any_way_that_is_the_same_for_all_heads(policy, tmp_path, monkeypatch):
+    """One head whose window holds everything is the plain cache; where there are more and codes, all hold the same tokens."""
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    one, more = (tiny_model("llama", num_attention_heads=n, num_key_value_heads=n) for n in (1, 2))
+    for model in (one, more):
+        calibrate("xquant", model)
+    found, expected = answered(one, f"{policy}+xquant"), answered(one, policy)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=0)
+    cache, logits = answered(more, f"{policy}+xquant(group=16)")
+    assert bool(logits.isfinite().all())
+    for layer in cache.enforcer.layers:
+        (segment,) = layer.main
+        assert segment.cells.total and torch.equal(*segment.positions()) and segment.longest <= 48
+
+
 def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
     model = tiny_model("llama")

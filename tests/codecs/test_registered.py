@@ -14,10 +14,14 @@ from torch.nn.functional import normalize
 from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
 from kvbudget.codecs.commuting import laid_out, stages_of
+from kvbudget.codecs.span import SpanQuant
 from kvbudget.eval.rate import declared
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
+from kvbudget.segments.base import AttendContext
+from kvbudget.segments.quantized import QuantizedSegment
+from kvbudget.segments.store import SEALED
 from tiny import left_padded, random_text, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
@@ -190,13 +194,43 @@ def test_attention_over_codes_is_that_over_decoded_entries(name):
         keys, values = segment.keys(), segment.values()
         query = torch.randn(2, 2, 16)
         part = layer.main[0].attend(query, _context())
-        weights = (query @ keys.mT * 0.25).softmax(-1)
+        logits = query @ keys.mT * 0.25
+        if getattr(segment, "key", None) is not None and segment.key.codec.lowered:
+            ((begin, end),) = set(segment.key.bounds(SEALED))
+            logits[..., begin:end] = lowered(logits[..., begin:end], segment.key.codec.lowered)
+        weights = logits.softmax(-1)
         torch.testing.assert_close(part.out, weights @ values, atol=1e-4, rtol=1e-4)
     one, other = (feed(model, c, ids[:, 160:], [1] * 10) for c in (cache, fork))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def _context():
-    from kvbudget.segments.base import AttendContext
+def lowered(logits: Tensor, by: float) -> Tensor:
+    """Logits ``[..., T]`` mapped from [min, max] to [min, max - by], all to the minimum where they span less (CalibQuant)."""
+    low, high = logits.aminmax(dim=-1, keepdim=True)
+    return low + (logits - low) * ((high - low - by).clamp_min(0) / (high - low))
 
+
+@pytest.mark.parametrize("queries", [2, 40])
+def test_lowered_logits_are_what_attention_and_scorers_see(queries):
+    """CalibQuant's calibration over codes alone, for few and many queries, whose spreads lie on both sides of it."""
+    codec = SpanQuant(sinks=2, residual=4, lowered=3.0)
+    segment = QuantizedSegment(2, codec, codec)
+    key, value = torch.randn(2, 2 * 50, 16, generator=torch.Generator().manual_seed(0))
+    segment.append(key, value, {"position": torch.arange(50).int().repeat(2)}, [50, 50])
+    segment.seal()
+    query = torch.randn(2, queries, 16) * torch.linspace(0.3, 6, queries)[:, None]
+    logits = query @ segment.keys().mT * 0.25
+    spread = logits[..., 2:46].amax(-1) - logits[..., 2:46].amin(-1)
+    assert bool((spread < 3).any()) and bool((spread > 3).any())
+    logits[..., 2:46] = lowered(logits[..., 2:46], 3.0)
+    expected, lse = logits.softmax(-1), logits.logsumexp(-1)
+    part = segment.attend(query, _context())
+    torch.testing.assert_close(part.out, expected @ segment.values(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(part.lse, lse, atol=1e-4, rtol=1e-4)
+    weights, mass = segment.weights(query, lse, _context()), segment.mass(query, lse, _context())
+    torch.testing.assert_close(torch.stack(weights), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(torch.stack(mass), expected.sum(1), atol=1e-4, rtol=1e-3)
+
+
+def _context():
     return AttendContext(scale=0.25)

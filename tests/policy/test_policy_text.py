@@ -130,6 +130,8 @@ def test_parts_compare_like_the_text() -> None:
         ("snapkw", r"unknown method 'snapkw'; did you mean 'snapkv'\?"),
         ("snapkv+pyramidd", r"unknown method 'pyramidd'; did you mean 'pyramid'\?"),
         ("snapkv+fairkv", r"unknown method 'fairkv': it places heads on devices.* plan --tensor-parallel 2"),
+        ("nosuch", r"unknown method 'nosuch'; known: a2ats, .*snapkv"),
+        ("snapkv+kvtc", r"unknown method 'kvtc': it codes saved caches.* cache.save\(path, codec='kvtc'\)"),
         ("zzzzzz", r"unknown method 'zzzzzz'; known: a2ats, .*snapkv"),
         ("snapkv(windw=3)", r"snapkv has no parameter 'windw'; did you mean 'window'\?"),
         ("full(window=3)", r"full takes no parameters, got window=3"),

@@ -92,7 +92,13 @@ def test_what_kvtc_cannot_do_is_refused(model, tmp_path):
     short.prefill(model, random_text(40))
     with pytest.raises(CacheError, match="nothing to code"):
         short.save(tmp_path / "kv", "kvtc")
-    for options, message in (({"ratio": 0.5}, "ratio=0.5"), ({"rati": 2}, "'ratio'"), ({"sinks": -1}, "sinks=-1")):
+    for options, message in (
+        ({"ratio": 0.5}, "ratio=0.5"),
+        ({"ratio": "a"}, "ratio='a' .* give a number"),
+        ({"rati": 2}, "'ratio'"),
+        ({"sinks": -1}, "sinks=-1"),
+        ({"recent": "x"}, "recent='x' .* whole number"),
+    ):
         with pytest.raises(CacheError, match=message):
             short.save(tmp_path / "kv", "kvtc", **options)
     other = tiny_model("llama", seed=3)

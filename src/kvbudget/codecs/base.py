@@ -68,7 +68,8 @@ class Codec(ABC):
     is encoded all at once when it is full, else the last ``residual`` entries always stay, and `lump` more are awaited, so
     that a decode step does not pay for an encoding each. The ``sinks`` oldest entries of a row, when it is first encoded,
     stay in full precision too (entries by themselves only: ``unit=1``). With ``before_rope`` keys are coded as they were
-    before their rotation and turned again when they are read.
+    before their rotation and turned again when they are read. What a query finds among coded keys of a row is mapped
+    linearly so that its highest logit falls by ``lowered`` and the lowest stays.
 
     What a row keeps as long as it lives (a scale, a basis) is its state, found by `start` from the first entries that are
     encoded. What a calibration found belongs to the model: `at` takes a layer's part of it.
@@ -91,6 +92,7 @@ class Codec(ABC):
     cyclic: bool = False
     sinks: int = 0
     before_rope: bool = False
+    lowered: float = 0.0
 
     @property
     def lump(self) -> int:

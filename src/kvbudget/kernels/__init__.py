@@ -57,6 +57,7 @@ __all__ = [
     "count_kept",
     "encode_tokens",
     "encode_units",
+    "extremes",
     "lane",
     "mass",
     "mass_of_logits",
@@ -199,6 +200,21 @@ def weights(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **
         if found is not None:
             return found
     return reference.weights(query, key, lengths, lse, **options)
+
+
+def extremes(query: Tensor, key: Operand, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """Lowest and highest scaled logit of each query over all entries of its row, ``[R, M]`` float32 each; 0 without entries."""
+    if _few(query, lengths, {}):
+        found = [logits.aminmax(dim=1) for logits in apart.logits(query, key, lengths, _kernels(query), scale=scale)]
+        return torch.stack([row.min for row in found]), torch.stack([row.max for row in found])
+    low, high = (torch.zeros(query.shape[:2], device=query.device) for _ in range(2))
+    for row, length in enumerate(lengths):
+        blocks = range(0, length, 512)
+        found = [(key.products(row, b, min(b + 512, length), query[row]) * scale).aminmax(dim=1) for b in blocks]
+        if found:
+            low[row] = torch.stack([block.min for block in found]).amin(0)
+            high[row] = torch.stack([block.max for block in found]).amax(0)
+    return low, high
 
 
 def lane(*arguments: Any) -> Any:

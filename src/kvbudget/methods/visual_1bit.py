@@ -15,8 +15,10 @@ class Visual1Bit(Recipe):
     Paper: Han et al., arXiv 2502.14882, 2025 ("From 16-Bit to 1-Bit", later CalibQuant), which codes an image's tokens once
     and leaves text in full precision. Here the span begins after ``sinks`` entries and ends ``residual`` before the newest one;
     the levels are found in the first entries of a KV head that are coded, best the whole prompt in one forward, and stay
-    for what follows. The paper's calibration of the logits over the span (their top lowered by 3, tuned for one model)
-    is left out. True bits per element: ``bits``, and 32 per channel of a KV head. Claim: small loss on captions and visual
+    for what follows. Codes of one or two bits stretch the logits, so those over the span are calibrated: each query's are
+    mapped linearly from ``[min, max]`` to ``[min, max - lowered]`` (the reference's 3, tuned for InternVL, cuts the KL on
+    SmolLM2's text to a third; with more bits it would do harm). Before a soft cap, and not under a selector, which reads plain
+    keys. True bits per element: ``bits``, and 32 per channel of a KV head. Claim: small loss on captions and visual
     questions; on text it is lossy.
 
     Attributes:
@@ -25,6 +27,7 @@ class Visual1Bit(Recipe):
         toward: the range shrinks toward zero (reference), or toward its middle, which suits channels far from zero.
         sinks: first entries in full precision (paper: the system prompt).
         residual: newest entries in full precision.
+        lowered: by how much each query's highest logit over the span falls (0: not at all; None: 3 up to two bits, else 0).
     """
 
     name = "visual_1bit"
@@ -40,10 +43,13 @@ class Visual1Bit(Recipe):
     toward: Literal["zero", "middle"] = "zero"
     sinks: int = 4
     residual: int = 32
+    lowered: float | None = None
 
     def __post_init__(self) -> None:
         if max(self.shrink_k, self.shrink_v) > 1:
             raise PolicyError(f"visual_1bit: shrink_k={self.shrink_k} and shrink_v={self.shrink_v} must be at most 1")
+        if not isinstance(self.lowered, (int, float, type(None))) or isinstance(self.lowered, bool):
+            raise PolicyError(f"visual_1bit: lowered={self.lowered!r} must be a number from 0 on, such as 3")
         self.parts()
 
     def parts(self) -> dict[str, Any]:
@@ -53,6 +59,7 @@ class Visual1Bit(Recipe):
             "toward": self.toward,
             "sinks": self.sinks,
             "residual": self.residual,
+            "lowered": (3.0 if self.bits <= 2 else 0.0) if self.lowered is None else float(self.lowered),
         }
         factors = (self.shrink_k or defaults[0], self.shrink_v or defaults[1])
         return {"codec": tuple(SpanQuant(shrink=factor, **shared) for factor in factors)}

@@ -14,12 +14,14 @@ import yaml
 from kvbudget.errors import PolicyError, nearest
 from kvbudget.policy.base import Parts, Protect, Recipe
 from kvbudget.policy.clusters import HeadClusters
+from kvbudget.policy.plans import Lookahead
+from kvbudget.policy.refinements.shared import SharedLook
 from kvbudget.policy.scorers.shared import Following, Shared
 from kvbudget.policy.scorers.staged import Staged
 
 ELSEWHERE = {
     "fairkv": "it places heads on devices, and is no policy of a cache; run kvbudget plan --tensor-parallel 2",
-    "kvtc": "it codes saved caches, and is no policy of one; call cache.save(path, 'kvtc')",
+    "kvtc": "it codes saved caches, and is no policy of one; call cache.save(path, codec='kvtc')",
 }
 """Published methods that are not policies, and what to do instead."""
 
@@ -104,15 +106,15 @@ class Policy:
                         filled[role], by[role] = part, recipe.name
         alike = [role for role in ("thinning", "sharing") if role in filled]
         alike = [role for role in alike if role == "thinning" or filled[role].aligned]
-        if alike and "scorer" in filled and not filled["scorer"].aligned:
-            filled["scorer"], by["scorer"] = Shared(filled["scorer"]), by[alike[0]]
-        if "heads" in filled and "scorer" in filled and filled["scorer"].aligned:
+        if "heads" in filled and "scorer" in filled and (alike or filled["scorer"].aligned):
             raise PolicyError(
-                f"{by['scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to share out; "
-                "use one of them"
+                f"{by[(*alike, 'scorer')[0]]} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to "
+                "share out; use one of them"
             )
         if "stages" in filled and "scorer" in filled:
             filled["scorer"] = Staged(filled["scorer"], filled["stages"].answer)
+        if alike and "scorer" in filled:
+            filled |= together(filled)
         clusters = filled.get("projection")
         if "scorer" in filled and isinstance(clusters, HeadClusters):
             filled["scorer"] = Following(filled["scorer"], clusters.owners)
@@ -274,6 +276,16 @@ def _fits(value: Any, default: Any) -> bool:
 
 def _article(name: str) -> str:
     return {"int": "a whole number", "float": "a number", "str": "a word", "bool": "True or False"}.get(name, name)
+
+
+def together(filled: Mapping[str, Any]) -> dict[str, Any]:
+    """Whatever of these parts chooses entries head by head, so that it chooses the same ones in all heads of a layer."""
+    found = {"scorer": filled["scorer"] if filled["scorer"].aligned else Shared(filled["scorer"])}
+    if "refinement" in filled:
+        found["refinement"] = SharedLook(filled["refinement"])
+    if isinstance(filled.get("plan"), Lookahead):
+        found["plan"] = replace(filled["plan"], draft=Shared(filled["plan"].draft))
+    return found
 
 
 def _both(one: Protect, other: Protect) -> Protect:

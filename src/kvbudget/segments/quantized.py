@@ -63,19 +63,21 @@ class QuantizedSegment(Segment):
         return min(self.key.rest, self.value.rest)
 
     def attend(self, query: Tensor, ctx: AttendContext) -> Partial:
-        query = self._balanced(query)
         partials = []
-        for key, value, lengths, bias in self._ranges(ctx):
-            part = kernels.attend(_turned(query, key), key, value, lengths, **bias)
-            partials.append(part if value.basis is None else Partial(part.out.float() @ value.basis.mT, part.lse))
+        for asked, shift, key, value, lengths, bias in self._questions(query, ctx):
+            out, lse = kernels.attend(asked, key, value, lengths, **bias)
+            partials.append(Partial(out if value.basis is None else out.float() @ value.basis.mT, lse + shift))
         return kernels.merge(partials)
 
     def mass(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
-        query = self._balanced(query)
-        pieces = [
-            kernels.mass(_turned(query, key), key, lengths, lse, **bias) for key, _, lengths, bias in self._ranges(ctx)
-        ]
+        asking = self._questions(query, ctx)
+        pieces = [kernels.mass(asked, key, n, lse - shift, **bias) for asked, shift, key, _, n, bias in asking]
         return [torch.cat(row) for row in zip(*pieces, strict=True)]
+
+    def weights(self, query: Tensor, lse: Tensor, ctx: AttendContext) -> list[Tensor]:
+        asking = self._questions(query, ctx)
+        pieces = [kernels.weights(asked, key, n, lse - shift, **bias) for asked, shift, key, _, n, bias in asking]
+        return [torch.cat(row, -1) for row in zip(*pieces, strict=True)]
 
     def keys(self) -> Tensor:
         keys = self.key.padded()
@@ -205,8 +207,36 @@ class QuantizedSegment(Segment):
             found.append(judges[0].judge(asked, r, keys, positions) if count else keys.new_zeros(0).float())
         return torch.cat(found)
 
-    def _ranges(self, ctx: AttendContext) -> Iterator[tuple[Operand, Operand, list[int], dict]]:
-        """Cuts the entries where the storage of keys or values changes, in order: parts of the keys by parts of the values."""
+    def _questions(
+        self, query: Tensor, ctx: AttendContext
+    ) -> Iterator[tuple[Tensor, Tensor | float, Operand, Operand, list[int], dict]]:
+        """What each of the `_ranges` is asked, and by how much its logits are shifted then ``[R, M]``.
+
+        A map of logits ``a l + c`` is a query times a, whose log-sum-exp is c more; it stands before a soft cap.
+        """
+        query = self._balanced(query)
+        mapped: tuple[Tensor, Tensor] | None = None
+        for part, key, value, lengths, bias in self._ranges(ctx):
+            asked = _turned(query, key)
+            shift: Tensor | float = 0.0
+            if part == SEALED and self.key.codec.lowered:
+                mapped = mapped or self._lowered(query, ctx.scale)
+                asked, shift = asked.float() * mapped[0][..., None], mapped[1]
+            yield asked, shift, key, value, lengths, bias
+
+    def _lowered(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Factor and shift of the logits of coded keys ``[R, M]``, so that the highest of each query falls (CalibQuant)."""
+        key = self.key.operand([0] * self.num_rows, SEALED)
+        low, high = kernels.extremes(_turned(query, key), key, self.key.num_sealed, scale)
+        spread = (high - low).clamp_min(1e-20)
+        factor = (1 - self.key.codec.lowered / spread).clamp_min(0.0)
+        return factor, low * (1 - factor)
+
+    def _ranges(self, ctx: AttendContext) -> Iterator[tuple[int, Operand, Operand, list[int], dict]]:
+        """Cuts the entries where the storage of keys or values changes, in order: parts of the keys by parts of the values.
+
+        Yields the part of the keys, both operands, entries per row, and the kernels' options.
+        """
         table = self.meta
         empty = True
         for key_part, value_part in product((FIRST, SEALED, TAIL), repeat=2):
@@ -219,6 +249,7 @@ class QuantizedSegment(Segment):
             key_begin = [b - k[0] if n else 0 for (k, _), b, n in zip(rows, begin, sizes, strict=True)]
             value_begin = [b - v[0] if n else 0 for (_, v), b, n in zip(rows, begin, sizes, strict=True)]
             yield (
+                key_part,
                 self.key.operand(key_begin, key_part),
                 self.value.operand(value_begin, value_part),
                 sizes,

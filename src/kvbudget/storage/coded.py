@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,10 +46,16 @@ class Options:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if not self.ratio >= 1:
-            raise CacheError(f"ratio={self.ratio} makes nothing smaller; give at least 1")
-        if self.sinks < 0 or self.recent < 0:
-            raise CacheError(f"sinks={self.sinks} and recent={self.recent} are numbers of tokens, from 0 on")
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not (number and 1 <= self.ratio < math.inf):
+            raise CacheError(f"ratio={self.ratio!r} is not how many times smaller to make it; give a number from 1 on")
+        for name, count in (("sinks", self.sinks), ("recent", self.recent)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise CacheError(f"{name}={count!r} is no number of tokens; give a whole number from 0 on")
+        if not isinstance(self.calibration, (str, Path, type(None))):
+            raise CacheError(
+                f"calibration={self.calibration!r} is no path; give the file that kvbudget calibrate wrote"
+            )
 
 
 def encode(

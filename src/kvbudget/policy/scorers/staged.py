@@ -26,7 +26,7 @@ class Staged(Scorer):
 
     @property
     def aligned(self) -> bool:  # type: ignore[override]
-        return self.prompt.aligned
+        return self.prompt.aligned and self.answer.aligned
 
     @property
     def rotates(self) -> bool:  # type: ignore[override]
