@@ -16,8 +16,8 @@ class Visual1Bit(Recipe):
     and leaves text in full precision. Here the span begins after ``sinks`` entries and ends ``residual`` before the newest one;
     the levels are found in the first entries of a KV head that are coded, best the whole prompt in one forward, and stay
     for what follows. Codes of one or two bits stretch the logits, so those over the span are calibrated: each query's are
-    mapped linearly from ``[min, max]`` to ``[min, max - lowered]`` (the reference's 3, tuned for InternVL, cuts the KL on
-    SmolLM2's text to a third; with more bits it would do harm). Before a soft cap, and not under a selector, which reads plain
+    mapped linearly from ``[min, max]`` to ``[min, max - lowered]`` (the reference's 3, tuned for InternVL, brings the KL on
+    SmolLM2's text to two fifths; with more bits it would do harm). Before a soft cap, and not under a selector, which reads plain
     keys. True bits per element: ``bits``, and 32 per channel of a KV head. Claim: small loss on captions and visual
     questions; on text it is lossy.
 

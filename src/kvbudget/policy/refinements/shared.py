@@ -11,7 +11,7 @@ from kvbudget.policy.view import View
 
 @dataclass(frozen=True)
 class SharedLook(Refinement):
-    """What ``refinement`` makes of scores, averaged over KV heads: those that depend on scores and positions alone stay as they are."""
+    """What ``refinement`` makes of scores, averaged over KV heads; what depends on scores and positions alone stays as it is."""
 
     refinement: Refinement
 
