@@ -21,7 +21,8 @@ class TransformerVQ(Recipe):
     length. Claim, for trained models: quality of full attention at linear cost.
 
     Attributes:
-        codes: codewords per KV head (paper: 512 for one head of 128 elements).
+        codes: codewords per KV head (paper: 512 for one head of 128 elements); bytes pay for all of them, as float32 keys and
+            values, before any entry.
         sinks: first entries that stay, where the window is the default one.
     """
 
