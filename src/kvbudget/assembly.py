@@ -83,14 +83,14 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
                 "model's own heads, does not go with them; use another scorer, with original positions"
             )
-    if parts.thinning and (shares or parts.projection is not None):
-        raise PolicyError(
-            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
-        )
     if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
         raise PolicyError(
             f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
             "use another method, such as pyramidkv"
+        )
+    if parts.thinning and (shares or parts.projection is not None):
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
         )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)

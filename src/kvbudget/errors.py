@@ -30,6 +30,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("snapkw", ["snapkv", "knorm"])
     "; did you mean 'snapkv'?"
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else "; known: " + ", ".join(names)
+    names = {each.lower(): each for each in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    return f"; did you mean '{names[close[0]]}'?" if close else "; known: " + ", ".join(names.values())
