@@ -25,8 +25,9 @@ class XQuant(Recipe):
     it would be wider: by the singular value decomposition of each projection, latents as wide as keys and values take its
     place, those of keys coded per channel and ``group`` tokens. True bits per element of keys and values: ``bits + 32 /
     group``, half of it where X itself is held. The full-precision window is unverified. All heads hold the same entries, so
-    scores are averaged over them. Models that normalize keys after their projection are refused. Claim: 7.7x less memory at
-    under 0.1 perplexity.
+    scores are averaged over them, under plans, stages and second looks too; allocators over heads, which would have nothing
+    to share out, mergers, which would write into keys that are not held, and moved positions are refused; so
+    are models that normalize keys after their projection. Claim: 7.7x less memory at under 0.1 perplexity.
 
     Attributes:
         bits: code width (1, 2, 3, 4 or 8; paper: 4 to 2).
@@ -72,8 +73,9 @@ class XQuantCL(XQuant):
     by the weights of the norm before the projections, which differ from layer to layer (own choice). ``kvbudget calibrate
     xquant_cl --model M`` finds the maps from the weights. Layers are restored one after the other, so all of them hold the
     same entries, judged by the lowest layer's queries under an evicting method, and a forward's keys and values of all
-    layers are coded after it. True bits per element of keys and values: ``bits + 32 / group`` (4 bits in the first layers),
-    half of it where X itself is narrower than keys and values. Claim: 10x less memory at 0.01 perplexity, 12.5x at 0.1.
+    layers are coded after it. Allocators over layers, thinned layers and selectors, which would part the layers, are
+    refused. True bits per element of keys and values: ``bits + 32 / group`` (4 bits in the first layers), half of it
+    where X itself is narrower than keys and values. Claim: 10x less memory at 0.01 perplexity, 12.5x at 0.1.
 
     Attributes:
         bits: of the differences (1, 2, 3, 4 or 8; paper: 3 or 2).
