@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute import kept_positions, run
-from test_razor_attention import induction_model
+from induction import induction_model
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
