@@ -166,11 +166,11 @@ def segment_maker(parts: Parts, index: int, rotation: Rotation | None = None) ->
 
 
 def bound(policy: Policy, model: PreTrainedModel) -> Policy:
-    """Lets recipes that need a calibration load it for this model."""
-    if "calibration" not in policy.needs:
+    """Lets recipes that go by a calibration load it for this model."""
+    if not any(recipe.calibrated for recipe in policy.recipes):
         return policy
     mark = fingerprint(model)
-    return Policy(tuple(recipe.bind(mark) for recipe in policy.recipes))
+    return Policy(tuple(recipe.bind(mark) if recipe.calibrated else recipe for recipe in policy.recipes))
 
 
 def with_trigger(parts: Parts, when: str | None) -> Parts:

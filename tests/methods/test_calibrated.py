@@ -36,6 +36,7 @@ POLICIES = (
     "kvzap(window=8, depth=0)",
     "locret(recent=8)",
     "wg_kv(window=8, admit=0.7)",
+    "task_kv(judged=texts, window=8, recent=8, sinks=2)",
 )
 # Heads that keep everything need more room than the other tests leave.
 PINNED = ("razor_attention", "duo_attention(sinks=4, recent=0)")
@@ -105,6 +106,7 @@ def artifacts(model: PreTrainedModel) -> dict[str, tuple[dict[str, Tensor], dict
             {"lengths": torch.tensor([32, 64]), "thresholds": 0.02 * torch.rand(2, queries, 2, generator=generator)},
             {"on": "weights", "k": 8, "first": 16},
         ),
+        "task_kv": ({"distance": torch.rand(2, heads, generator=generator)}, {}),
     }
 
 
@@ -118,6 +120,7 @@ FITS: dict[str, dict[str, object]] = {
     "wg_kv": {"steps": 2},
     "top_theta": {"k": 16, "first": 16},
     "compresskv": {"passage": 12, "cue": 4, "number": 1},
+    "task_kv": {},
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.cache import KVCache
+from kvbudget.calibrate import calibrate
 from kvbudget.errors import PolicyError
 from kvbudget.policy.allocators.whole import WholeHeads
 from kvbudget.policy.scorers.semantic import SemanticHeads
@@ -111,3 +112,24 @@ def test_what_is_whole_stays_whole_until_it_leaves_too_little() -> None:
 def test_bad_parameters_are_refused(bad: str) -> None:
     with pytest.raises(PolicyError, match=bad.split("=")[0]):
         KVCache(tiny_model("llama"), f"task_kv({bad})", 100)
+
+
+def test_a_calibration_on_one_text_finds_the_heads_that_the_text_itself_would(tmp_path) -> None:
+    model, text = (
+        tiny_model("llama", num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3),
+        random_text(120),
+    )
+    path = calibrate("task_kv", model, tmp_path / "heads", texts=[text[0]], count=1, length=120, window=8, top=20)
+    for chunk, whole in ((120, [[2, 2, 1]] * 2), (4, [[0, 0, 0], [2, 2, 1]])):
+        held = []
+        for judged in ("", f", judged=texts, file={str(path)!r}"):
+            cache = KVCache(model, f"task_kv(window=8, sinks=2, recent=8, share=0.5, top=20{judged})", 80)
+            with torch.inference_mode():
+                for part in text.split(chunk, dim=1):
+                    model(part, past_key_values=cache)
+            held.append([store.kept()[0] for store in cache.enforcer.layers])
+        assert [[row.count(120) for row in rows] for rows in held] == whole, (
+            "few queries do not judge, a calibration has"
+        )
+        if chunk == 120:
+            assert held[0] == held[1]

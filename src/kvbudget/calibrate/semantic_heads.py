@@ -61,7 +61,7 @@ class SemanticHeads(TextCalibration):
         paid, errors = torch.zeros(len(geometry.layers), query_heads, steps), torch.zeros(len(geometry.layers))
 
         def look(index: int, call: AttentionCall, lse: Tensor) -> None:
-            weights = _weights(call, slice(-steps - 1, -1))
+            weights = causal_weights(call, slice(-steps - 1, -1))
             paid[index] = weights[..., begin : begin + self.passage].sum(-1).flatten(0, 1).cpu()
             errors[index] = self._error(call, weights, steps)
 
@@ -90,7 +90,7 @@ class SemanticHeads(TextCalibration):
         """Relative error of the attention of the last ``steps`` queries when few of the entries before them stay."""
         before = call.key.shape[2] - steps - 1
         judged = before - self.window
-        votes = _weights(call, slice(judged, before))[..., :judged].sum(2).mean((0, 1))
+        votes = causal_weights(call, slice(judged, before))[..., :judged].sum(2).mean((0, 1))
         keep = torch.ones(call.key.shape[2], dtype=torch.bool, device=votes.device)
         keep[:judged] = False
         keep[pool(votes, 5).topk(max(1, int(self.share * before))).indices] = True
@@ -101,7 +101,7 @@ class SemanticHeads(TextCalibration):
         return float((kept @ value - full).norm() / full.norm())
 
 
-def _weights(call: AttentionCall, rows: slice) -> Tensor:
+def causal_weights(call: AttentionCall, rows: slice) -> Tensor:
     """Causal softmax weights ``[Hkv, G, w, T]`` of some rows of a forward over one whole text."""
     logits = logits_of(call, rows)
     step = torch.arange(logits.shape[-1], device=logits.device)

@@ -1,10 +1,11 @@
 """Task-KV: heads whose meaning differs from their layer's keep everything, the others what a window votes for."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from kvbudget.errors import PolicyError
 from kvbudget.policy.allocators.whole import WholeHeads
+from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.scorers.semantic import SemanticHeads
 
@@ -19,7 +20,8 @@ class TaskKV(Recipe):
     whole heads falls linearly from ``share`` of the heads in the first layer to ``least`` in the last; a budget that is too
     small for them makes fewer heads whole. How query heads of one KV head are joined is not stated there (here: the
     farthest one counts; unverified), and the nearest head is counted among them. Which heads differ is judged anew by every
-    forward of at least ``window`` tokens. Claim: as good as the full cache on summaries and synthetic tasks at 40%.
+    forward of at least ``window`` tokens, or once for all prompts by ``kvbudget calibrate task_kv --model M``. Claim: as
+    good as the full cache on summaries and synthetic tasks at 40%.
 
     Attributes:
         window: queries that vote.
@@ -29,6 +31,8 @@ class TaskKV(Recipe):
         least: heads kept whole in the last layer (paper: 4 of 32, 1 for grouped-query models).
         sinks: first entries that always stay.
         recent: newest entries that always stay (paper: 256).
+        judged: heads differ by each prompt (paper), or by the texts of a calibration, as they do where there is a file.
+        file: the calibration ("": where ``kvbudget calibrate`` puts it).
     """
 
     name = "task_kv"
@@ -45,6 +49,9 @@ class TaskKV(Recipe):
     least: int = 1
     sinks: int = 16
     recent: int = 64
+    judged: Literal["prompt", "texts"] = "prompt"
+    file: str = ""
+    found: tuple[tuple[float, ...], ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 or self.least < 0:
@@ -57,5 +64,15 @@ class TaskKV(Recipe):
             )
 
     def parts(self) -> dict[str, Any]:
-        scorer = SemanticHeads(self.window, self.kernel, top=self.top, share=self.share, least=self.least)
+        scorer = SemanticHeads(
+            self.window, self.kernel, top=self.top, share=self.share, least=self.least, found=self.found
+        )
         return {"scorer": scorer, "heads": WholeHeads(), "protect": Protect(sinks=self.sinks, recent=self.recent)}
+
+    @property
+    def calibrated(self) -> bool:
+        return self.judged == "texts" or bool(self.file)
+
+    def bind(self, fingerprint: str) -> "TaskKV":
+        found = Artifact.load(self.name, fingerprint, self.file).tensors["distance"]
+        return replace(self, found=tuple(map(tuple, found.tolist())))

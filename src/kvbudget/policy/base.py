@@ -223,8 +223,13 @@ class Recipe:
         """Parts that this recipe brings along unless another recipe of the policy decides them."""
         return {}
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether `bind` has an artefact to load: what needs calibration, and what may be given one."""
+        return "calibration" in self.needs
+
     def bind(self, fingerprint: str) -> Recipe:
-        """This recipe with its calibration artefact for the model of this `fingerprint` loaded (for ``needs`` calibration).
+        """This recipe with its calibration artefact for the model of this `fingerprint` loaded (where it is `calibrated`).
 
         Raises:
             PolicyError: when there is none, or it is another model's, naming the command that makes one.
