@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n logical --dist worksteal
 CALIBRATED := razor_attention(block=512)+xquant+xquant_cl+chai+kv_heads(count=8)+epicache_layers+duo_attention+compresskv(count=8)
 CALIBRATED := $(CALIBRATED)+kvsharer(count=8)+top_theta(count=4)+qfilters+expected_attention_stats+kvzap(count=10)+fast_kvzip(count=10)
 CALIBRATED := $(CALIBRATED)+locret(count=10)+wg_kv(count=8)+less(count=8)+kvquant(count=4, length=512)+aquakv(count=8)
-CALIBRATED := $(CALIBRATED)+cq(count=4, length=512)+csr(count=4, length=512, rows=128, steps=3)+a2ats+commvq
+CALIBRATED := $(CALIBRATED)+cq(count=4, length=512)+csr(count=4, length=512, rows=128, steps=3)+a2ats+commvq+task_kv(count=8)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq
