@@ -33,10 +33,11 @@ class SemanticHeads(WindowAttention):
 
     def observe(self, view: View) -> None:
         super().observe(view)
-        enough = [bool(self.found) or new >= self.window for new in view.new_tokens]
-        judged = torch.tensor(enough, device=view.positions.device)
+        before = view.statistic(WHOLE)
+        first = bool(self.found) and before is None  # what a calibration has found does not change any more
+        judged = torch.tensor([first or new >= self.window for new in view.new_tokens], device=view.positions.device)
         if bool(judged.any()):
-            order, before = self.order(view), view.statistic(WHOLE)
+            order = self.order(view)
             kept = torch.zeros_like(order) if before is None else before
             view.set_statistic(WHOLE, torch.where(judged[:, None], order, kept))
 
