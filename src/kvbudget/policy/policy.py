@@ -20,7 +20,8 @@ from kvbudget.policy.scorers.shared import Following, Shared
 from kvbudget.policy.scorers.staged import Staged
 
 ELSEWHERE = {
-    "fairkv": "it places heads on devices, and is no policy of a cache; run kvbudget plan --tensor-parallel 2 --context 2048 --budget 25%",
+    "fairkv": "it places heads on devices, and is no policy of a cache; "
+    "run kvbudget plan --tensor-parallel 2 --context 2048 --budget 25%",
     "kvtc": "it codes saved caches, and is no policy of one; call cache.save(path, codec='kvtc')",
 }
 """Published methods that are not policies, and what to do instead."""
