@@ -36,12 +36,18 @@ KV_INLINE vf vmin(vf a, vf b) {
 #endif
 }
 
-// The smallest (largest) lane, in all lanes.
+// Lane k of the result is the smallest (largest) lane of the k-th vector in x.
 template <class Pick>
-KV_INLINE vf across(vf x, Pick pick) {
-  x = pick(x, KV_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
-  x = pick(x, KV_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
-  return pick(x, KV_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+KV_INLINE vf across(const float* x, Pick pick) {
+  const auto halves = [&](int i) {
+    const vf a = load(x + i * W), b = load(x + (i + 4) * W);
+    return pick(KV_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11), KV_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
+  };
+  const auto quarters = [&](vf a, vf b) {
+    return pick(KV_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13), KV_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
+  };
+  const vf a = quarters(halves(0), halves(1)), b = quarters(halves(2), halves(3));
+  return pick(KV_SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14), KV_SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15));
 }
 
 KV_INLINE vf clamp(vf x, float low, float high) { return vmin(vmax(x, splat(low)), splat(high)); }
@@ -60,10 +66,10 @@ KV_INLINE v8i16 to_half(vf x) {
 #endif
 }
 
-// Scales and zeros of eight groups, and what the codes are computed against.
+// Scales and zeros of eight groups, and what the codes are computed with.
 struct Steps {
   v8i16 scale, zero;
-  vf s, z;
+  vf s, z, inverse;
 };
 
 KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
@@ -73,62 +79,95 @@ KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
   v8i16 scale = to_half(clamp((most - to.z) / levels, 0.0f, kHalfMax));
   to.scale = scale | ((scale == 0) & 0x3c00);  // 1.0: a constant group
   to.s = load_half(&to.scale);
+  to.inverse = splat(1.0f) / to.s;
   return to;
 }
 
-// Rounded codes; x may be far outside of the range of its group where half precision cut the zero off.
-KV_INLINE vi codes_of(vf x, vf s, vf z, vf levels) {
+// y / s rounded as a division rounds it, for the s of a half. A product with the rounded inverse is off by 2^-23 at most, and
+// what it leaves of y is exact, so that one correction comes within 2^-46 of the quotient. A quotient of 24 by 11 bits keeps
+// 2^-36 away from where rounding turns.
+KV_INLINE vf quotient(vf y, vf s, vf inverse) {
+#if defined(__FMA__)
+  const vf near = y * inverse;
+  return (vf)_mm256_fmadd_ps((__m256)_mm256_fnmadd_ps((__m256)near, (__m256)s, (__m256)y), (__m256)inverse, (__m256)near);
+#else
+  (void)inverse;
+  return y / s;
+#endif
+}
+
+// Rounded codes, half to even; as bytes they are cut to their levels. Only where half precision cut the scale off is a
+// quotient too large for an integer, which the bound of x - z prevents; one that is too small becomes the least integer.
+KV_INLINE vi codes_of(vf x, vf s, vf z, vf inverse) {
+  const vf q = quotient(vmin(x - z, splat(33554432.0f)), s, inverse);
+#if defined(__AVX__)
+  return (vi)_mm256_cvtps_epi32((__m256)q);
+#else
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which stands in the last bits
-  return (vi)(vmin(vmax((x - z) / s, splat(0.0f)), levels) + magic) & 0xff;
+  return (vi)(vmax(q, splat(0.0f)) + magic) - (vi)magic;
+#endif
 }
 
-KV_INLINE vi load_codes(const int32_t* p) { return (vi)load(reinterpret_cast<const float*>(p)); }
-KV_INLINE void store_codes(int32_t* p, vi x) { store(reinterpret_cast<float*>(p), (vf)x); }
+KV_INLINE void store_words(uint8_t* p, vu x) { *reinterpret_cast<vu_memory*>(p) = x; }
 
-// Codes of the slabs side by side in W bytes' worth of lanes.
-KV_INLINE vi join_slabs(const int32_t* codes, int slab, int bits) {
-  vi byte = load_codes(codes);
-  for (int j = 1; j < 8 / bits; ++j) byte |= load_codes(codes + j * slab) << (j * bits);
-  return byte;
-}
+KV_INLINE uint8_t cut(int code, int levels) { return static_cast<uint8_t>(code < 0 ? 0 : code < levels ? code : levels); }
 
-// Eight lanes below 256 as bytes.
-KV_INLINE void store_bytes(uint8_t* p, vi byte) {
-  vu x = (vu)byte << vu{0, 8, 16, 24, 0, 8, 16, 24};
-  x |= KV_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
-  x |= KV_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  const uint32_t words[2] = {x[0], x[4]};
-  std::memcpy(p, words, 8);
-}
-
-// Codes [width] into slabs of `bits` bits each.
-KV_INLINE void pack_plane(const int32_t* codes, int width, int bits, uint8_t* out) {
-  const int slab = packed_bytes(width, bits);
-  int i = 0;
+// `Vectors` times eight codes as bytes, cut to their levels.
+template <int Vectors>
+KV_INLINE void store_codes(uint8_t* p, const vi* codes, int levels) {
 #if defined(__AVX2__)
-  for (; i + 4 * W <= slab; i += 4 * W) {
-    const auto bytes = [&](int k) { return (__m256i)join_slabs(codes + i + k * W, slab, bits); };
-    const __m256i quarters = _mm256_packus_epi16(_mm256_packus_epi32(bytes(0), bytes(1)), _mm256_packus_epi32(bytes(2), bytes(3)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_permutevar8x32_epi32(quarters, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+  if constexpr (Vectors == 4) {
+    const __m256i* x = reinterpret_cast<const __m256i*>(codes);
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(x[0], x[1]), _mm256_packus_epi32(x[2], x[3]));
+    const __m256i cut = _mm256_min_epu8(bytes, _mm256_set1_epi8(static_cast<char>(levels)));
+    const __m256i ordered = _mm256_permutevar8x32_epi32(cut, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
   }
 #endif
-  for (; i + W <= slab; i += W) store_bytes(out + i, join_slabs(codes + i, slab, bits));
+  for (int v = 0; v < Vectors; ++v)
+    for (int i = 0; i < W; ++i) p[v * W + i] = cut(codes[v][i], levels);
+}
+
+// Codes [width], a byte each, into slabs of `bits` bits each.
+KV_INLINE void pack_plane(const uint8_t* codes, int width, int bits, uint8_t* out) {
+  const int slab = packed_bytes(width, bits);
+  int i = 0;
+  for (; i + 32 <= slab; i += 32) {
+    vu word = load_words(codes + i);
+    for (int j = 1; j < 8 / bits; ++j) word |= load_words(codes + i + j * slab) << (j * bits);
+    store_words(out + i, word);
+  }
+  for (; i + 8 <= slab; i += 8) {
+    uint64_t word, next;
+    std::memcpy(&word, codes + i, 8);
+    for (int j = 1; j < 8 / bits; ++j) {
+      std::memcpy(&next, codes + i + j * slab, 8);
+      word |= next << (j * bits);
+    }
+    std::memcpy(out + i, &word, 8);
+  }
   for (; i < slab; ++i) {
-    int32_t byte = 0;
+    int byte = 0;
     for (int j = 0; j < 8 / bits; ++j) byte |= codes[i + j * slab] << (j * bits);
     out[i] = static_cast<uint8_t>(byte);
   }
 }
 
-// codes [width] are overwritten where they have three bits.
-KV_INLINE void pack_row(int32_t* codes, int width, int bits, uint8_t* out) {
-  if (bits != 3) return pack_plane(codes, width, bits, out);
-  int32_t high[1024];
-  for (int i = 0; i < width; i += W) {
-    const vi code = load_codes(codes + i);
-    store_codes(high + i, code >> 2);
-    store_codes(codes + i, code & 3);
+constexpr int kWidest = 1024;  // channels of a row, as the binding checks
+
+// codes [width], padded to whole vectors, are overwritten where they have three bits.
+KV_INLINE void pack_row(uint8_t* codes, int width, int bits, uint8_t* out) {
+  switch (bits) {
+    case 8: std::memcpy(out, codes, width); return;
+    case 4: return pack_plane(codes, width, 4, out);
+    case 2: return pack_plane(codes, width, 2, out);
+    case 1: return pack_plane(codes, width, 1, out);
+  }
+  uint8_t high[kWidest + 32];
+  for (int i = 0; i < width; i += 32) {
+    const vu word = load_words(codes + i);
+    store_words(high + i, word >> 2 & 0x01010101u);
+    store_words(codes + i, word & 0x03030303u);
   }
   pack_plane(codes, width, 2, out);
   pack_plane(high, width, 1, out + width / 4);
@@ -141,45 +180,107 @@ KV_INLINE vf load_as(const uint8_t* row, int d) {
   return T == Type::bf16 ? load_bf16(row + 2 * d) : load_half(row + 2 * d);
 }
 
-// Entries [begin, end) with one scale and zero per `group` consecutive channels.
+KV_INLINE vf least_of(vf a, vf b) { return vmin(a, b); }
+KV_INLINE vf most_of(vf a, vf b) { return vmax(a, b); }
+
+// Least and most of the channels [first, last) of a row; what one lane has seen is in that lane.
+template <Type T>
+KV_INLINE void bounds_of(const uint8_t* row, int first, int last, vf& least, vf& most) {
+  int d = first;
+  if (last - first < W) {
+    least = most = splat(element(row, T, d++));
+  } else {
+    least = most = load_as<T>(row, d);
+    d += W;
+  }
+  for (; d + W <= last; d += W) {
+    const vf v = load_as<T>(row, d);
+    least = vmin(least, v);
+    most = vmax(most, v);
+  }
+  for (; d < last; ++d) {
+    least = vmin(least, splat(element(row, T, d)));
+    most = vmax(most, splat(element(row, T, d)));
+  }
+}
+
+// Codes of `Vectors` times eight channels of a row, as bytes.
+template <Type T, int Vectors>
+KV_INLINE void code_channels(const uint8_t* row, int d, const vf* s, const vf* z, const vf* inverse, int levels, uint8_t* codes) {
+  vi found[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) found[v] = codes_of(load_as<T>(row, d + v * W), s[v], z[v], inverse[v]);
+  store_codes<Vectors>(codes + d, found, levels);
+}
+
+// Entries [begin, end) with one scale and zero per `group` consecutive channels. Eight groups, of one row or several, find
+// their steps together.
 template <Type T>
 void encode_tokens_of(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
-  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits);
-  const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) int32_t codes[1024 + W];
-  for (int64_t t = begin; t < end; ++t) {
+  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits), levels = (1 << bits) - 1;
+  alignas(32) float s[W * kWidest], z[W * kWidest], inverse[W * kWidest];
+  alignas(32) float least[W * W] = {}, most[W * W] = {};  // of eight groups
+  alignas(32) uint8_t codes[W][kWidest + 32];
+  for (int64_t t = begin; t < end; t += W) {
+    const int rows = static_cast<int>(end - t < W ? end - t : W), all = rows * groups;
     const uint8_t* row = x.data + t * x.stride;
-    for (int g = 0; g < groups; ++g) {
-      const int first = g * group, rest = first + group / W * W, last = first + group;
-      vf low = splat(element(row, T, first)), high = low;
-      for (int d = first; d < rest; d += W) {
-        const vf v = load_as<T>(row, d);
-        low = vmin(low, v);
-        high = vmax(high, v);
+    for (int n = 0, g = 0; n < all; n += W) {
+      const int found = all - n < W ? all - n : W;
+      for (int k = 0; k < found; ++k) {
+        vf low, high;
+        bounds_of<T>(row, g * group, (g + 1) * group, low, high);
+        store(least + k * W, low);
+        store(most + k * W, high);
+        if (++g == groups) {
+          g = 0;
+          row += x.stride;
+        }
       }
-      for (int d = rest; d < last; ++d) {
-        low = vmin(low, splat(element(row, T, d)));
-        high = vmax(high, splat(element(row, T, d)));
-      }
-      low = across(low, [](vf a, vf b) { return vmin(a, b); });
-      high = across(high, [](vf a, vf b) { return vmax(a, b); });
-      const Steps steps = steps_of(low, high, levels);
-      reinterpret_cast<u16_memory*>(to.scale)[t * groups + g] = static_cast<uint16_t>(steps.scale[0]);
-      reinterpret_cast<u16_memory*>(to.zero)[t * groups + g] = static_cast<uint16_t>(steps.zero[0]);
-      for (int d = first; d < rest; d += W) store_codes(codes + d, codes_of(load_as<T>(row, d), steps.s, steps.z, levels));
-      for (int d = rest; d < last; ++d) codes[d] = codes_of(splat(element(row, T, d)), steps.s, steps.z, levels)[0];
+      const Steps steps = steps_of(across(least, least_of), across(most, most_of), splat(static_cast<float>(levels)));
+      std::memcpy(to.scale + 2 * (t * groups + n), &steps.scale, 2 * found);
+      std::memcpy(to.zero + 2 * (t * groups + n), &steps.zero, 2 * found);
+      store(s + n, steps.s);
+      store(z + n, steps.z);
+      store(inverse + n, steps.inverse);
     }
-    pack_row(codes, D, bits, to.codes + t * bytes);
+    row = x.data + t * x.stride;
+    for (int r = 0, n = 0; r < rows; ++r, row += x.stride) {
+      for (int first = 0; first < D; first += group, ++n) {
+        const vf scale[] = {splat(s[n]), splat(s[n]), splat(s[n]), splat(s[n])};
+        const vf zero[] = {splat(z[n]), splat(z[n]), splat(z[n]), splat(z[n])};
+        const vf over[] = {splat(inverse[n]), splat(inverse[n]), splat(inverse[n]), splat(inverse[n])};
+        const int last = first + group;
+        int d = first;
+        for (; d + 4 * W <= last; d += 4 * W) code_channels<T, 4>(row, d, scale, zero, over, levels, codes[r]);
+        for (; d + W <= last; d += W) code_channels<T, 1>(row, d, scale, zero, over, levels, codes[r]);
+        for (; d < last; ++d) codes[r][d] = cut(codes_of(splat(element(row, T, d)), scale[0], zero[0], over[0])[0], levels);
+      }
+    }
+    for (int r = 0; r < rows; ++r) pack_row(codes[r], D, bits, to.codes + (t + r) * bytes);
   }
+}
+
+constexpr int kStrip = 32;  // entries of a unit whose codes wait as bytes
+
+// `Vectors` times eight channels of a strip of entries.
+template <Type T, int Vectors>
+KV_INLINE void code_strip(const uint8_t* rows, int64_t stride, int count, int d, const float* s, const float* z, const float* inverse,
+                          int levels, uint8_t (*codes)[kWidest + 32]) {
+  vf scale[Vectors], zero[Vectors], over[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    scale[v] = load(s + d + v * W);
+    zero[v] = load(z + d + v * W);
+    over[v] = load(inverse + d + v * W);
+  }
+  for (int t = 0; t < count; ++t) code_channels<T, Vectors>(rows + t * stride, d, scale, zero, over, levels, codes[t]);
 }
 
 // Units [begin, end) of `unit` consecutive entries with one scale and zero per channel; the width is a multiple of W.
 template <Type T>
 void encode_units_of(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
-  const int D = x.width, bytes = packed_bytes(D, bits);
-  const vf levels = splat(static_cast<float>((1 << bits) - 1));
-  alignas(32) float s[1024], z[1024];
-  alignas(32) int32_t codes[1024];
+  const int D = x.width, bytes = packed_bytes(D, bits), levels = (1 << bits) - 1;
+  alignas(32) float s[kWidest], z[kWidest], inverse[kWidest];
+  alignas(32) uint8_t codes[kStrip][kWidest + 32];
   for (int64_t u = begin; u < end; ++u) {
     const uint8_t* rows = x.data + u * unit * x.stride;
     for (int d = 0; d < D; d += W) {
@@ -189,15 +290,19 @@ void encode_units_of(const Dense& x, int bits, int unit, int64_t begin, int64_t 
         least = vmin(least, v);
         most = vmax(most, v);
       }
-      const Steps steps = steps_of(least, most, levels);
+      const Steps steps = steps_of(least, most, splat(static_cast<float>(levels)));
       *reinterpret_cast<v8i16_memory*>(to.scale + 2 * (u * D + d)) = steps.scale;
       *reinterpret_cast<v8i16_memory*>(to.zero + 2 * (u * D + d)) = steps.zero;
       store(s + d, steps.s);
       store(z + d, steps.z);
+      store(inverse + d, steps.inverse);
     }
-    for (int t = 0; t < unit; ++t, rows += x.stride) {
-      for (int d = 0; d < D; d += W) store_codes(codes + d, codes_of(load_as<T>(rows, d), load(s + d), load(z + d), levels));
-      pack_row(codes, D, bits, to.codes + (u * unit + t) * bytes);
+    for (int first = 0; first < unit; first += kStrip, rows += kStrip * x.stride) {
+      const int count = unit - first < kStrip ? unit - first : kStrip;
+      int d = 0;
+      for (; d + 4 * W <= D; d += 4 * W) code_strip<T, 4>(rows, x.stride, count, d, s, z, inverse, levels, codes);
+      for (; d < D; d += W) code_strip<T, 1>(rows, x.stride, count, d, s, z, inverse, levels, codes);
+      for (int t = 0; t < count; ++t) pack_row(codes[t], D, bits, to.codes + (u * unit + first + t) * bytes);
     }
   }
 }

@@ -167,7 +167,11 @@ typedef uint16_t v8u16 __attribute__((vector_size(16)));
 typedef uint16_t v8u16_memory __attribute__((vector_size(16), aligned(1), may_alias));
 
 KV_INLINE vf load_bf16(const void* p) {
+#if defined(__AVX2__)  // GCC widens halves of the vector apart
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16);
+#else
   return (vf)(__builtin_convertvector((v8u16) * static_cast<const v8u16_memory*>(p), vu) << 16);
+#endif
 }
 
 KV_INLINE vf load_half(const void* p) {
