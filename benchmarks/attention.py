@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse
 
 
 def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: int = 3) -> list[dict[str, Any]]:
-    """Column sums and window weights of a prompt in one KV head, and integer encoding, beside what they replace."""
+    """Column sums and window weights of a prompt in one KV head, beside what they replace."""
     query, key = torch.randn(1, groups * tokens, width), torch.randn(tokens, width)
     lse = torch.full((1, groups * tokens), math.log(tokens))
 
@@ -288,7 +289,6 @@ def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: i
     whole, few = options(tokens), options(32)
     newest, its_lse = query[:, -window:].contiguous(), lse[:, -window:].contiguous()
     grid = query.view(groups, tokens, width), key[None], key[None]
-    rows = torch.randn(16384, width).bfloat16()
     pairs = {
         "sums of the causal weights": (
             lambda: kernels.mass(query, operand, [tokens], lse, **whole),
@@ -298,14 +298,6 @@ def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: i
         "weights of the last 32 queries": (
             lambda: kernels.weights(newest, operand, [tokens], its_lse, **few),
             lambda: reference.weights(newest, operand, [tokens], its_lse, **few),
-        ),
-        "encode 16384 entries, 4 bits per token": (
-            lambda: kernels.encode_tokens(rows, 4, GROUP),
-            lambda: encode.encode_tokens(rows, 4, GROUP),
-        ),
-        "encode 16384 entries, 4 bits per channel": (
-            lambda: kernels.encode_units(rows, 4, GROUP),
-            lambda: encode.encode_units(rows, 4, GROUP),
         ),
     }
     clock, records = clock_of(threads), []
@@ -322,6 +314,30 @@ def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: i
     return records
 
 
+def encoding(threads: int, seconds: float, entries: int = 16384, width: int = 64) -> list[dict[str, Any]]:
+    """Integer codes of bf16 entries, from memory, beside the torch reference and beside copying the entries."""
+    rows = [filled(entries, width, torch.bfloat16) for _ in range(copies(2 * entries * width, 64))]
+    ways: dict[str, Callable[[Tensor], Any]] = {"copy": torch.clone}
+    for bits in (8, 4, 2):
+        ways |= {
+            f"{bits} bits per token": partial(kernels.encode_tokens, bits=bits, group=GROUP),
+            f"{bits} bits per channel": partial(kernels.encode_units, bits=bits, unit=GROUP),
+        }
+    ways |= {
+        "4 bits per token, torch": partial(encode.encode_tokens, bits=4, group=GROUP),
+        "4 bits per channel, torch": partial(encode.encode_units, bits=4, unit=GROUP),
+    }
+    variants = [Variant(name, [partial(way, x) for x in rows], 0, 0) for name, way in ways.items()]
+    interleave(variants, seconds, clock_of(threads), least=6)
+    print(f"\nencoding {entries} bf16 entries of {width}, groups of {GROUP}\n{'':42}{'ns/entry':>9}{'of a copy':>10}")
+    records = []
+    for variant in variants:
+        times = variant.median / variants[0].median
+        records.append({"variant": variant.name, "ns": variant.median * 1e9 / entries, "copies": times})
+        print(f"{variant.name:42}{records[-1]['ns']:9.1f}{times:10.1f}", flush=True)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -333,13 +349,14 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")
     tasks = [(*shape, int(length)) for length in args.lengths.split(",") if length for shape in SHAPES]
-    found: dict[str, Any] = {"threads": args.threads, "records": [], "prefill": []}
+    found: dict[str, Any] = {"threads": args.threads, "records": [], "prefill": [], "encoding": []}
     begin = time.perf_counter()
     for number, task in enumerate(tasks, 1):
         found["records"] += run_shape(*task, args)
         print(f"[{number}/{len(tasks)}, {time.perf_counter() - begin:.0f} s]", flush=True)
         write(found, args.json)
     found["prefill"] = prefill_helpers(args.threads)
+    found["encoding"] = encoding(args.threads, args.seconds)
     write(found, args.json)
 
 
