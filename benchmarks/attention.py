@@ -197,21 +197,14 @@ def dequantize_then_sdpa(heads: int, kv_heads: int, width: int, length: int, bit
     return Variant(f"dequantize {bits} bits, sdpa", [call], nbytes, 2 * heads * width * length)
 
 
-def floors(threads: int) -> tuple[float, float]:
-    """Bytes per second of reading memory, and float32 multiply-adds per second, with all threads."""
-    clock = clock_of(threads)
-    memory = torch.ones(64 << 20)  # 256 MiB
-    small = [torch.randn(256, 256) for _ in range(2)]
-    read, multiply = [], []
-    for _ in range(12):
-        begin = clock()
-        memory.sum()
-        read.append(memory.nbytes / (clock() - begin))
-        begin = clock()
-        for _ in range(10):
-            small[0] @ small[1]
-        multiply.append(10 * 256**3 / (clock() - begin))
-    return statistics.median(read), max(multiply)
+def floors() -> tuple[Variant, Variant]:
+    """Reading memory, and float32 multiply-adds in the cache, with all threads: what no kernel can be faster than."""
+    memory = torch.ones(16 << 20)  # 64 MiB
+    small = torch.randn(256, 256)
+    return (
+        Variant("reading", [memory.sum], memory.nbytes, 0),
+        Variant("multiplying", [lambda: [small @ small for _ in range(10)]], 0, 10 * 256**3),
+    )
 
 
 def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -244,8 +237,9 @@ def run_shape(heads: int, kv_heads: int, width: int, length: int, args: argparse
     # Who reads the same copies reads others of them at a time: nobody finds in the cache what a neighbor has just read.
     for number, variant in enumerate(variants):
         variant.turn = number * len(variant.calls) // len(variants)
-    interleave(variants, args.seconds, clock_of(args.threads))
-    read, multiply = floors(args.threads)
+    reading, multiplying = floors()
+    interleave([*variants, reading, multiplying], args.seconds, clock_of(args.threads))
+    read, multiply = reading.nbytes / reading.median, multiplying.macs / multiplying.median
     records = []
     for v in variants:
         floor = max(v.nbytes / read, v.macs / multiply)
