@@ -52,14 +52,7 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
     if shares and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use shared layers or the selector")
     if parts.sharing is not None and parts.sharing.merges:
-        grouped = not parts.sharing.aligned or shares
-        moved = parts.position_mode != "original" or (grouped and parts.layers is not None)
-        if moved or parts.destination is not None or parts.codec is not None:
-            held = "what is coded together holds" if parts.sharing.aligned else "merged layers hold"
-            raise PolicyError(
-                f"{policy}: {held} the same entries, as they are; {'allocators over layers, ' if grouped else ''}codecs, "
-                "destinations and moved positions do not go with that; use a scorer alone, at positions='original'"
-            )
+        check_merged(policy, parts, shares)
     if isinstance(parts.projection, HeadClusters):
         others = (
             parts.layers,
@@ -98,6 +91,30 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
 
 
+def check_merged(policy: Policy, parts: Parts, shares: bool) -> None:
+    """Refuses what heads or layers that hold their entries together cannot do; ``shares`` says that layers do."""
+    assert parts.sharing is not None
+    others = parts.destination is not None or parts.codec is not None
+    if not parts.sharing.aligned:
+        if others or parts.layers is not None or parts.position_mode != "original":
+            raise PolicyError(
+                f"{policy}: merged layers hold the same entries, as they are; allocators over layers, codecs, destinations and "
+                "moved positions do not go with that; use a scorer alone, at positions='original'"
+            )
+    elif parts.codec is not None:
+        raise PolicyError(f"{policy}: what one codec has coded, another one cannot code again; use one of the codecs")
+    elif shares and parts.destination is not None:
+        raise PolicyError(
+            f"{policy}: a destination writes into, or takes its entries from, one layer, and these are held for all layers at "
+            "once; use a codec of single layers, such as xquant"
+        )
+    elif shares and parts.layers is not None:
+        raise PolicyError(
+            f"{policy}: layers that are coded one upon the other hold the same entries, so allocators over layers do not go with "
+            "that; use a codec of single layers, such as xquant"
+        )
+
+
 def laid_out(geometry: CacheGeometry, parts: Parts) -> CacheGeometry:
     """What the layers hold under a policy: fewer heads where it projects them, nothing where they read another layer's."""
     if parts.projection is not None:
@@ -129,17 +146,24 @@ def budgeted_layer(
     if sharing is not None and sharing.merges:
         layers = sharing.together(geometry, index)
         rotations = tuple(rotation_of(model, i) for i in layers) if sharing.aligned else ()
+        if parts.position_mode == "cache" and any(repr(r) != repr(rotation) for r in rotations):
+            raise PolicyError(
+                "the layers of this model turn their keys differently, so positions inside the cache are not the same in all "
+                'that are coded together; use positions="original"'
+            )
         if sharing.aligned or len(layers) > 1:
             maker = partial(sharing.segment, group=Group(layers, shape.num_kv_heads, rotations))
     layer = LayerCache(
         index,
         shape.num_kv_heads,
         make_segment=maker,
-        states=(*scorer_states, *extra, *read_states),
+        states=(*scorer_states, *extra, *read_states, *parts.moves),
         rotation=rotation,
         selector=None if isinstance(parts.selector, LookingBack) else parts.selector,
         reads=looks_back,
     )
+    if sharing is not None and sharing.merges:
+        layer.together = sharing.together(geometry, index)
     layer.depth = geometry.budgeted_layers.index(index) / max(1, len(geometry.budgeted_layers) - 1)
     layer.page = parts.granularity.size
     layer.hard = budget.kind == "bytes"

@@ -38,17 +38,18 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     states = len(parts.scorer.states) if parts.scorer is not None else 0
     states += len(parts.destination.columns) if parts.destination is not None else 0
     states += len(parts.selector.states) if parts.selector is not None else 0
+    states += len(parts.moves)
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
     per_entry = 4.0 * (1 + states)
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
+    apart = parts.protect.sinks if parts.position_mode == "cache" else 0  # with a tail and states of their own
     if parts.sharing is not None and parts.sharing.merges:
-        held, once = parts.sharing.entry_bytes(geometry, item)
+        held, once = parts.sharing.entry_bytes(geometry, item, apart)
         per_entry, fixed = per_entry + held, fixed + once
     elif parts.codec is None:
         per_entry += item * sum(widths)
     else:
-        apart = parts.protect.sinks if parts.position_mode == "cache" else 0  # with a tail and states of their own
         for codec, width in zip(parts.codec, widths, strict=True):
             per_entry += codec.bytes_per_entry(width)
             tail = codec.longest_tail + codec.sinks + apart + (codec.unit if codec.unit > 1 else 0)

@@ -14,7 +14,7 @@ from kvbudget.budget import solve
 from kvbudget.kernels import count_kept
 from kvbudget.layer import LayerCache
 from kvbudget.policy.base import Evicted, LayerAllocator
-from kvbudget.policy.selection import newest, protected_entries, select
+from kvbudget.policy.selection import newest, protected_entries, select, votes
 from kvbudget.policy.view import View
 from kvbudget.shares import Shares
 
@@ -159,7 +159,7 @@ class Enforcer(Shares):
         layer.set_capacity(
             None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
         )
-        if self.parts.heads is None:
+        if not self._apart:
             over = [max(held[b]) * heads > limits[b] for b in batch]
         else:
             free, pinned = self._free[index], self._pinned[index]
@@ -317,7 +317,8 @@ class Enforcer(Shares):
             splits.append(split)
         counts = torch.tensor(splits, device=scores.device)
         if self.parts.protect.recent_share:
-            recent = (counts * self.parts.protect.recent_share).long()
+            alike = torch.tensor(targets, device=scores.device)[:, None].expand_as(counts) // heads
+            recent = ((alike if self.parts.votes else counts) * self.parts.protect.recent_share).long()
             recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
             protected = protected | (newest(view.positions, recent) & valid)
         if self.parts.threshold is not None:
@@ -327,6 +328,11 @@ class Enforcer(Shares):
         judged = scores
         if self.parts.refinement is not None:
             judged = self.parts.refinement.refine(view, scores, protected, counts)
+        if self.parts.votes:
+            judged = votes(judged, protected, valid, counts)
+            wanted = (((judged >= 1) | protected) & valid).sum(-1)
+            most = [target // heads if o else valid.shape[-1] for o, target in zip(over, targets, strict=True)]
+            counts = wanted.minimum(torch.tensor(most, device=wanted.device)[:, None])
         stored = layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
         if stored:
             units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads))

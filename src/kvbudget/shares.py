@@ -76,14 +76,15 @@ class Shares:
             rows = f" for {batch_size} sequences" if batch_size > 1 else ""
             raise BudgetError(self._too_small(f"give at least {smallest}B ({format_bytes(smallest)}){rows}"))
         pinned, heads = sum(self._pinned), sum(layer.num_kv_heads for layer in self.layers)
+        each = " (with one, all that are coded with it)" if self.parts.votes else ""
         if pinned and pinned == heads and kind != "none":
             raise BudgetError(
-                f"{self.text} keeps all {heads} KV heads whole, so that {self.budget} could not be kept; use full or keep fewer "
-                "layers or heads whole"
+                f"{self.text} keeps all {heads} KV heads whole{each}, so that {self.budget} could not be kept; use full or keep "
+                "fewer layers or heads whole"
             )
         if pinned and kind == "fraction" and amount * heads <= pinned:
             raise BudgetError(
-                f"{self.text} keeps {pinned} of {heads} KV heads whole, which is more than {self.budget}; "
+                f"{self.text} keeps {pinned} of {heads} KV heads whole{each}, which is more than {self.budget}; "
                 f"give more than {100 * pinned / heads:.1f}%"
             )
         if pinned and self.max_length is not None:
@@ -187,9 +188,9 @@ class Shares:
         weights = allocator.weights(measured, mean, self.floor)
         if whole:
             weights = [w * f for w, f in zip(weights, free, strict=True)]
-        # Without an allocator over heads every head of a layer keeps the same, so entries are dealt out head by head.
-        unit = [1] * len(heads) if self.parts.heads is not None else heads
-        total = int(mean * sum(free)) if self.parts.heads is not None else int(mean * sum(heads)) // heads[0]
+        # Where every head of a layer keeps the same, entries are dealt out to all of them at once.
+        unit = [1] * len(heads) if self._apart else heads
+        total = int(mean * sum(free)) // unit[0]
         shown = [w for w, k in zip(weights, known, strict=True) if k]
         capped = most <= self.floor or bool(whole) or max(shown) * mean * len(heads) > (most - fixed) * sum(shown)
         key = (b, total, tuple(weights), tuple(known), seen if capped else None, self.floor)
@@ -264,12 +265,19 @@ class Shares:
         return -(-seen // every) * every
 
     @cached_property
+    def _apart(self) -> bool:
+        """Whether the heads of a layer may hold different entries."""
+        return self.parts.heads is not None and not self.parts.votes
+
+    @cached_property
     def _free(self) -> list[list[int]]:
-        """KV heads of each layer that do not keep everything."""
-        pinned = [() if self.parts.heads is None else self.parts.heads.pinned(layer.layer_idx) for layer in self.layers]
-        return [
-            [h for h in range(layer.num_kv_heads) if h not in p] for layer, p in zip(self.layers, pinned, strict=True)
-        ]
+        """KV heads of each layer that do not keep everything; of those that are coded together, none where one of them does."""
+        allocator, found = self.parts.heads, []
+        for layer in self.layers:
+            heads = range(layer.num_kv_heads)
+            pinned = {h for i in layer.together for h in heads if allocator is not None and h in allocator.pinned(i)}
+            found.append([h for h in heads if not (pinned if self.parts.votes else h in pinned)])
+        return found
 
     @cached_property
     def _pinned(self) -> list[int]:

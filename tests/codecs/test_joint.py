@@ -219,9 +219,9 @@ def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
     calibrate("xquant", model)
     calibrate("xquant_cl", model)
     for policy, why in (
-        ("knorm+adakv+xquant", "same entries in all heads"),
         ("knorm+pyramidkv+xquant_cl", "allocators over layers"),
-        ("knorm+kivi+xquant", "coded together holds the same entries"),
+        ("d2o+xquant_cl", "held for all layers at once"),
+        ("knorm+kivi+xquant", "use one of the codecs"),
     ):
         with pytest.raises(PolicyError, match=why):
             KVCache(model, policy, 200)

@@ -19,6 +19,7 @@ from kvbudget.policy.roles import (
     Selector,
     Span,
 )
+from kvbudget.segments.joint import MOVED
 
 if TYPE_CHECKING:
     from kvbudget.codecs.base import Codec
@@ -188,6 +189,16 @@ class Parts:
     def uses_marks(self) -> bool:
         """Whether one of the parts looks at what kinds of tokens the entries belong to."""
         return any(getattr(part, "uses_marks", False) for part in self.__dict__.values())
+
+    @property
+    def votes(self) -> bool:
+        """Whether heads that want different entries hold the same ones, since what they hold is coded together."""
+        return self.heads is not None and self.sharing is not None and self.sharing.aligned
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The column of what keys have been moved by, for entries that are coded together before RoPE."""
+        return (MOVED,) if self.position_mode == "moved" and self.sharing is not None and self.sharing.merges else ()
 
     @property
     def replayable(self) -> bool:

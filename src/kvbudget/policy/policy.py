@@ -105,15 +105,16 @@ class Policy:
                 else:
                     if role not in filled:
                         filled[role], by[role] = part, recipe.name
-        alike = [role for role in ("thinning", "sharing") if role in filled]
-        alike = [role for role in alike if role == "thinning" or filled[role].aligned]
-        if "heads" in filled and "scorer" in filled and (alike or filled["scorer"].aligned):
+        thinned = "thinning" in filled
+        if "heads" in filled and "scorer" in filled and (thinned or filled["scorer"].aligned):
             raise PolicyError(
-                f"{by[(*alike, 'scorer')[0]]} keeps the same entries in all heads of a layer, so {by['heads']} has nothing to "
-                "share out; use one of them"
+                f"{by['thinning' if thinned else 'scorer']} keeps the same entries in all heads of a layer, so {by['heads']} has "
+                "nothing to share out; use one of them"
             )
         if "stages" in filled and "scorer" in filled:
             filled["scorer"] = Staged(filled["scorer"], filled["stages"].answer)
+        # Where an allocator over heads goes with heads that are coded together, the heads vote.
+        alike = thinned or ("sharing" in filled and filled["sharing"].aligned and "heads" not in filled)
         if alike and "scorer" in filled:
             filled |= together(filled)
         clusters = filled.get("projection")

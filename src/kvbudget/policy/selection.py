@@ -78,6 +78,20 @@ def plain_select(
     return keep
 
 
+def votes(scores: Tensor, protected: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """How much heads want each entry, where all of them hold the same ones: the same float32 in all, ``[B, Hkv, T]``.
+
+    The highest of the heads' votes counts: ``c / (1 + r)`` for the entry of rank r beyond the protected ones in a head that
+    may keep c beyond them. So it is at least 1 where a head would keep the entry by itself, and ``1 / x`` where the first one
+    does when all heads may keep x times as many.
+    """
+    fixed = (protected & valid).sum(-1, keepdim=True)
+    scores = scores.float().masked_fill(protected, float("inf")).masked_fill(~valid, float("-inf"))
+    place = (rank(scores) - fixed).clamp_min(0)
+    found = (counts[..., None] - fixed).clamp_min(0) / (place + 1)
+    return found.amax(1, keepdim=True).expand_as(scores)
+
+
 def best_of_units(scores: Tensor, units: Tensor, count: int) -> Tensor:
     """The mean of the ``count`` highest scores of each cell's unit (of all, where it has fewer), shape of ``scores``."""
     top = (rank_in_group(scores, units) < count).to(scores.dtype)

@@ -66,8 +66,11 @@ class Sharing(Part, ABC):
         """What holds the entries of a group of layers."""
         raise NotImplementedError
 
-    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
-        """Bytes of an entry's keys and values per KV head, the mean over the layers that hold any, and those once per row."""
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int, apart: int = 0) -> tuple[float, float]:
+        """Bytes of an entry's keys and values per KV head, the mean over the layers that hold any, and those once per row.
+
+        ``apart`` first entries may be held in a segment of their own.
+        """
         raise NotImplementedError
 
     def together(self, layout: CacheGeometry, index: int) -> tuple[int, ...]:
@@ -148,7 +151,7 @@ class MergedPairs(Sharing):
     def segment(self, num_rows: int, group: Group) -> Segment:
         return PairedSegment(num_rows, self.part, self.share)
 
-    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int, apart: int = 0) -> tuple[float, float]:
         holding = layout.budgeted_layers
         width = sum((layout.layers[holding[0]].key_head_dim, layout.layers[holding[0]].value_head_dim))
         retained = 2 * width * itemsize + 4 + 4  # position and angle
@@ -179,10 +182,10 @@ class Joint(Sharing):
     def segment(self, num_rows: int, group: Group) -> Segment:
         return JointSegment(num_rows, self.codec, group)
 
-    def entry_bytes(self, layout: CacheGeometry, itemsize: int) -> tuple[float, float]:
+    def entry_bytes(self, layout: CacheGeometry, itemsize: int, apart: int = 0) -> tuple[float, float]:
         codec, holding = self.codec, layout.budgeted_layers
         shape, faces = layout.layers[holding[0]], len(self.together(layout, holding[0]))
         widths = (shape.num_kv_heads * shape.key_head_dim, shape.num_kv_heads * shape.value_head_dim)
         each = sum(codec.bytes_per_entry(place, *widths) for place in range(faces)) / shape.num_kv_heads
-        tail = (codec.longest_tail + codec.sinks) * faces * itemsize * sum(widths) / shape.num_kv_heads
+        tail = (codec.longest_tail + codec.sinks + apart) * faces * itemsize * sum(widths) / shape.num_kv_heads
         return each, tail + codec.unit * each

@@ -4,7 +4,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class AttendContext:
     query_positions: Tensor | None = None
     causal_tail: int = 0
     face: int = 0
+
+
+class RotatesKeys(Protocol):
+    """What a layer needs of a rotation: moving vectors ``[..., D]`` by position deltas that broadcast to ``[...]``."""
+
+    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Rotates by ``delta`` positions."""
 
 
 class Side(NamedTuple):
@@ -137,6 +144,12 @@ class Segment(ABC):
 
         Those are all that lie in full precision on both sides; storages that a fork reads too are copied first.
         """
+
+    def move(self, row: int, delta: Tensor, rotation: RotatesKeys) -> None:
+        """Moves the keys of a row by ``delta [T_r]`` positions; those that are coded stay where they are."""
+        if bool(delta.any()):
+            keys, _ = self.writable(row)
+            keys.copy_(rotation.rotate(keys, delta[len(delta) - len(keys) :]))
 
     @abstractmethod
     def take(self, keep: Tensor, spare: int = 0) -> None:

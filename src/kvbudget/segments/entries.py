@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kvbudget.segments.base import Segment
+from kvbudget.segments.base import RotatesKeys, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import ranges
@@ -22,13 +22,6 @@ Number = TypeVar("Number", int, float)
 Same = TypeVar("Same", bound="LayerEntries")
 
 
-class RotatesKeys(Protocol):
-    """What the layer needs of a rotation: moving vectors ``[..., D]`` by position deltas that broadcast to ``[...]``."""
-
-    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Rotates by ``delta`` positions."""
-
-
 class LayerEntries:
     """Entries of one layer: ``front`` segments (a destination's own) and ``main`` segments (what the policy evicts from).
 
@@ -39,7 +32,7 @@ class LayerEntries:
     the layer's own sliding window: entries outside of it are dropped after every forward.
     ``depth`` runs from 0 in the first budgeted layer to 1 in the last. ``hard`` says that a byte budget counts, so that a fork
     copies codes rather than hold a few of them twice. ``rest`` is how many more tokens, one at a time, leave nothing to be
-    evicted or sealed.
+    evicted or sealed; ``together`` are the layers whose entries these are.
     """
 
     def __init__(
@@ -65,6 +58,7 @@ class LayerEntries:
         self.seen: list[int] = []
         self.prompt: list[int] = []
         self.apart = 0
+        self.together: tuple[int, ...] = (layer_idx,)
         self.moving = False
         self.depth = 0.0
         self.shift: list[int] | None = None
@@ -197,16 +191,13 @@ class LayerEntries:
         return [behind[r][keep[r]] for r in range(self.num_rows)]
 
     def _move(self, moves: Sequence[Tensor]) -> None:
-        """Rotates the kept keys; those that are coded stay where they are."""
+        """Rotates the kept keys, as far as segments can."""
         assert self.rotation is not None
         done = [0] * self.num_rows
         for segment in self.main:
             for r, length in enumerate(segment.lengths):
-                delta = moves[r][done[r] : done[r] + length]
+                segment.move(r, moves[r][done[r] : done[r] + length], self.rotation)
                 done[r] += length
-                if bool(delta.any()):
-                    keys, _ = segment.writable(r)
-                    keys.copy_(self.rotation.rotate(keys, delta[length - len(keys) :]))
 
     def _set_apart(self, spare: int) -> None:
         """Splits the first ``apart`` positions off into a main segment of their own, whose queries `_turned` turns.

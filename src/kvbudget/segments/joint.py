@@ -10,9 +10,12 @@ from torch import Tensor
 
 from kvbudget.codecs.joint import JointCodec, State
 from kvbudget.models import Rotation
-from kvbudget.segments.base import Segment
+from kvbudget.segments.base import RotatesKeys, Segment
 from kvbudget.segments.ragged import RaggedTable
 from kvbudget.segments.restored import RestoredSegment
+
+MOVED = "moved"
+"""The column of positions that a key has been moved by."""
 
 
 class Group(NamedTuple):
@@ -69,7 +72,7 @@ class JointSegment(RestoredSegment):
         begins, heads, faces = self.coded, self.group.heads, len(self.group.layers)
         counts = due[::heads]
         rows = enumerate(counts)
-        positions = torch.cat([self.meta.row("position", b * heads)[begins[b * heads] :][:n] for b, n in rows])
+        positions = torch.cat([self._places(b, begins[b * heads], n) for b, n in rows])
         columns, _ = self._leave(due)
 
         def tokens(name: str) -> Tensor:
@@ -100,7 +103,7 @@ class JointSegment(RestoredSegment):
             counts = [n * self.unit for n in self.cells.lengths]
             firsts = self.first.lengths[::heads]
             rows = enumerate(zip(firsts, counts, strict=True))
-            positions = torch.cat([self.meta.row("position", b * heads)[f : f + n] for b, (f, n) in rows])
+            positions = torch.cat([self._places(b, f, n) for b, (f, n) in rows])
             key = self.group.rotations[face].embed(key.unflatten(1, (heads, -1)), positions[:, None])
             for whole, x in zip(out, (key, value.unflatten(1, (heads, -1))), strict=True):
                 for b, (begin, part) in enumerate(zip(firsts, x.split(counts), strict=True)):
@@ -120,6 +123,26 @@ class JointSegment(RestoredSegment):
     def values(self) -> Tensor:
         found, self._below = super().values(), None
         return found
+
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        """The row's tail, where it is that of a single layer."""
+        if len(self.group.layers) > 1:
+            return super().writable(row)
+        self.tail.own("key"), self.tail.own("value")
+        return self.tail.row("key", row), self.tail.row("value", row)
+
+    def move(self, row: int, delta: Tensor, rotation: RotatesKeys) -> None:
+        """As of any segment; coded keys, which are turned where they are read, are turned by so much more."""
+        if not bool(delta.any()):
+            return
+        self.meta.own(MOVED)
+        self.meta.row(MOVED, row).add_(delta)
+        for table, begin in ((self.first, 0), (self.tail, self.coded[row])):
+            if table.lengths[row]:
+                table.own("key")
+                keys = table.row("key", row).unflatten(-1, (len(self.group.layers), -1))
+                for face, own in enumerate(self.group.rotations):
+                    keys[:, face] = own.rotate(keys[:, face], delta[begin:][: len(keys)])
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
         self._below = None
@@ -205,6 +228,12 @@ class JointSegment(RestoredSegment):
             key, value, below = self.codec.decode(self.group.layers[at], columns, below)
         self._below = None if face + 1 == len(self.group.layers) else (face + 1, below)
         return key, value
+
+    def _places(self, b: int, begin: int, count: int) -> Tensor:
+        """Where the keys of so many tokens of a sequence stand: their positions, and what they have been moved by."""
+        row = b * self.group.heads
+        places = self.meta.row("position", row)[begin : begin + count]
+        return places + self.meta.row(MOVED, row)[begin : begin + count].int() if MOVED in self.meta.columns else places
 
     def _leave(self, counts: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
         """Takes as many oldest entries out of each row of the tail."""

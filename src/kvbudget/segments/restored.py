@@ -47,7 +47,9 @@ class RestoredSegment(Segment):
         return [row * self.longest for row in range(self.num_rows)]
 
     def _options(self, ctx: AttendContext) -> dict:
+        count = self.meta.padded("count").clamp_min(1e-30).log().flatten() if "count" in self.meta.columns else None
         return {
             "scale": ctx.scale, "softcap": ctx.softcap, "window": ctx.window, "causal_tail": ctx.causal_tail,
             "query_positions": ctx.query_positions, "positions": self.positions().flatten(), "entry_starts": self._starts(),
+            "log_count": count,
         }  # fmt: skip
