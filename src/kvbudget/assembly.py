@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kvbudget.budget import Budget
 from kvbudget.errors import BudgetError, PolicyError
+from kvbudget.jury import Juror
 from kvbudget.layer import LayerCache
 from kvbudget.models import CacheGeometry, Rotation, fingerprint, rotation_of
 from kvbudget.policy.base import Granularity, LookingBack, Parts, Span, Trigger
@@ -76,14 +77,14 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
                 "model's own heads, does not go with them; use another scorer, with original positions"
             )
+    if parts.thinning and (shares or parts.projection is not None):
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
+        )
     if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
         raise PolicyError(
             f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
             "use another method, such as pyramidkv"
-        )
-    if parts.thinning and (shares or parts.projection is not None):
-        raise PolicyError(
-            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
         )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
@@ -108,10 +109,10 @@ def check_merged(policy: Policy, parts: Parts, shares: bool) -> None:
             f"{policy}: a destination writes into, or takes its entries from, one layer, and these are held for all layers at "
             "once; use a codec of single layers, such as xquant"
         )
-    elif shares and parts.layers is not None:
+    elif parts.jury and parts.position_mode == "cache":
         raise PolicyError(
-            f"{policy}: layers that are coded one upon the other hold the same entries, so allocators over layers do not go with "
-            "that; use a codec of single layers, such as xquant"
+            f"{policy}: positions inside the cache keep sinks and the newest entries in all layers, which have nothing to vote on "
+            "where they are coded together; leave the allocator out, or use positions='original'"
         )
 
 
@@ -134,12 +135,8 @@ def budgeted_layer(
 ) -> LayerCache:
     """Layer ``index`` with the segments, states and rotation that the policy's parts ask for."""
     shape = geometry.layers[index]
-    scorer_states = () if parts.scorer is None else parts.scorer.states
-    extra = () if parts.destination is None else parts.destination.columns
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
-    read_states = () if parts.selector is None else parts.selector.states
-    rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
-    rotation = rotation_of(model, index) if rotates else None
+    rotation = rotation_for(model, index, parts)
     before_rope = parts.codec is not None and parts.codec[0].before_rope
     maker = segment_maker(parts, index, rotation_of(model, index) if before_rope else None)
     sharing = parts.sharing
@@ -157,7 +154,7 @@ def budgeted_layer(
         index,
         shape.num_kv_heads,
         make_segment=maker,
-        states=(*scorer_states, *extra, *read_states, *parts.moves),
+        states=parts.states,
         rotation=rotation,
         selector=None if isinstance(parts.selector, LookingBack) else parts.selector,
         reads=looks_back,
@@ -170,6 +167,21 @@ def budgeted_layer(
     layer.moving = parts.position_mode == "moved"
     layer.apart = parts.protect.sinks if parts.position_mode == "cache" else 0
     return layer
+
+
+def juror(model: PreTrainedModel, index: int, geometry: CacheGeometry, parts: Parts, owner: LayerCache) -> Juror:
+    """Layer ``index`` as one that judges what ``owner`` holds for it."""
+    states = tuple(name for name in parts.states if name not in parts.moves)
+    layer = Juror(index, owner, states=states, rotation=rotation_for(model, index, parts))
+    layer.depth = owner.together.index(index) / max(1, len(owner.together) - 1)
+    layer.page, layer.hard = owner.page, owner.hard
+    return layer
+
+
+def rotation_for(model: PreTrainedModel, index: int, parts: Parts) -> Rotation | None:
+    """How a layer turns its keys, where the policy asks for it."""
+    rotates = parts.position_mode != "original" or (parts.scorer is not None and parts.scorer.rotates)
+    return rotation_of(model, index) if rotates else None
 
 
 def segment_maker(parts: Parts, index: int, rotation: Rotation | None = None) -> Any:

@@ -15,6 +15,7 @@ from kvbudget.attention import LayerHandle, LazyMask, TextLength
 from kvbudget.enforcer import Enforcer
 from kvbudget.errors import CacheError, PolicyError
 from kvbudget.guards import check_positions, check_rope_switch, has_gap
+from kvbudget.jury import Juror
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.base import Parts
 from kvbudget.policy.policy import Policy
@@ -29,7 +30,7 @@ class AttentionLayer(CacheLayerMixin):
     """One attention layer as transformers sees it; the entries are in ``store``, which its ``readers`` share.
 
     ``at`` is its number among the layers that the budget governs, None for a sliding window of the model's own; ``label``
-    names it in messages.
+    names it in messages. ``juror`` judges entries for a layer that reads those of an earlier one, where all of them vote.
     """
 
     is_compileable = False
@@ -43,6 +44,7 @@ class AttentionLayer(CacheLayerMixin):
         self.is_sliding = sliding
         self.columns = 0
         self.readers: list[int] = []
+        self.juror: Juror | None = None
         self.at: int | None = None
         self.label = ""
 
@@ -70,6 +72,11 @@ class AttentionLayer(CacheLayerMixin):
     def owns(self) -> bool:
         """Whether the entries are its own, not those of an earlier layer."""
         return self.store.layer_idx == self.index
+
+    @property
+    def own(self) -> LayerCache | None:
+        """What holds entries, or states of them, for this layer alone."""
+        return self.store if self.owns else self.juror
 
     @property
     def batch_size(self) -> int:
@@ -102,7 +109,7 @@ class Attending(Cache):
         attending = [layer for layer in layers if isinstance(layer, AttentionLayer)]
         self._at = {store.layer_idx: i for i, store in enumerate(enforcer.layers)}
         for layer in attending:
-            layer.at = self._at.get(layer.store.layer_idx)
+            layer.at = self._at.get((layer.own or layer.store).layer_idx)
             layer.label = f"layer {layer.index} of {len(layers)}"
         self._first, self._last = attending[0].index, attending[-1].index
         self._shares = parts.sharing is not None or any(layer.readers for layer in attending)
@@ -222,7 +229,8 @@ class Attending(Cache):
         """What follows where layers share entries, when a layer that holds entries, and all that read them, have been answered."""
         index = layer.store.layer_idx
         readers = self.layers[index].readers
-        self._ready.setdefault(index, queries)
+        if layer.own is not None:
+            self._ready[layer.index] = queries
         if layer.index != (readers or [index])[-1]:
             return
         own = self._calls.pop(index, None)
@@ -230,20 +238,26 @@ class Attending(Cache):
             calls = [own, *(self._calls.pop(i) for i in readers if self._merges)]
             key, value = (torch.cat([getattr(call, name) for call in calls], dim=-1) for name in ("key", "value"))
             layer.store.append(key, value, own.valid)
+            for juror, call in zip([self.layers[i].juror for i in readers], calls[1:], strict=False):
+                if juror is not None:
+                    juror.append(call.key, call.value, own.valid)
             if key.shape[2] > self.parts.trigger.every:
                 self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        judges = [index, *(i for i in readers if i in self._ready)]
         if self.recording:
-            self._recorded[index] = self._ready.pop(index)
+            self._recorded |= {i: self._ready.pop(i) for i in judges}
             return
         # Owners that others read for long would be finished late, and allocators rely on the order of the layers.
         while self._due and self._due[0] in self._ready and self._due[0] not in self._calls:
             at = self._due.pop(0)
-            self._finish(self.layers[at], self._ready.pop(at))
+            for i in (at, *self.layers[at].readers):
+                if i in self._ready:
+                    self._finish(self.layers[i], self._ready.pop(i))
 
     def _finish(self, layer: AttentionLayer, queries: Queries | None) -> None:
         """What follows the attention of a layer: statistics, evictions and codecs."""
         if layer.at is not None and queries is not None:
-            self.enforcer.after_attention(layer.at, View(layer.store, queries))
+            self.enforcer.after_attention(layer.at, View(layer.own or layer.store, queries))
         elif layer.at is None or not self.enforcer.suspended:
             layer.store.finish_forward()
 
@@ -287,7 +301,7 @@ class Attending(Cache):
             self._lses = torch.empty(*size, heads, 1).unbind() if self.enforcer.watches else [None] * size[0]
         if self._shares:
             self._calls, self._ready = {}, {}
-            self._due = [store.layer_idx for store in self.stores]
+            self._due = [layer.index for layer in self.layers if isinstance(layer, AttentionLayer) and layer.owns]
 
     def _end(self, big: bool) -> None:
         if self._last == len(self.layers) - 1:
@@ -308,8 +322,9 @@ class Attending(Cache):
 
     @property
     def stores(self) -> list[LayerCache]:
-        """What holds the entries of the attention layers, each once where several layers read the same."""
-        return [layer.store for layer in self.layers if isinstance(layer, AttentionLayer) and layer.owns]
+        """What holds the entries of the attention layers, each once where several layers read the same, and their jurors."""
+        found = [layer.own for layer in self.layers if isinstance(layer, AttentionLayer)]
+        return [store for store in found if store is not None]
 
     def tensors(self) -> Iterable[Tensor]:
         """Every resident tensor of the cache."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget import attention
-from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, laid_out, with_trigger
+from kvbudget.assembly import bound, budgeted_layer, check_recipe, checked_spans, juror, laid_out, with_trigger
 from kvbudget.attending import Attending, AttentionLayer
 from kvbudget.auto import choose
 from kvbudget.budget import Budget
@@ -85,7 +85,10 @@ class KVCache(Attending):
                 owner = layers[shape.owner]
                 assert isinstance(owner, AttentionLayer)
                 owner.readers.append(index)
-                layers.append(AttentionLayer(self, index, owner.store, sliding=owner.is_sliding))
+                layers.append(reader := AttentionLayer(self, index, owner.store, sliding=owner.is_sliding))
+                if self.parts.jury:
+                    reader.juror = juror(model, index, layout, self.parts, owner.store)
+                    stores.append(reader.juror)
                 continue
             if shape.kind not in ("full", "sliding"):
                 layers.append(LinearAttentionLayer())
@@ -256,11 +259,11 @@ class KVCache(Attending):
 
     def reset(self) -> None:
         """Forgets everything; policy and budget stay."""
+        for store in self.stores:
+            store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
+            store.statistics, store.marks, store.prompt = {}, [], []
         for index, layer in enumerate(self.layers):
             if isinstance(layer, AttentionLayer):
-                store = layer.store
-                store.main, store.front, store.seen, store.shift, store.paged = [], [], [], None, []
-                store.statistics, store.marks, store.prompt = {}, [], []
                 layer.columns = 0
             else:
                 self.layers[index] = LinearAttentionLayer()
@@ -307,6 +310,8 @@ class KVCache(Attending):
                 if owner not in stores:
                     stores[owner] = layer.store.fork()
                 twin.store = stores[owner]
+                if layer.juror is not None:
+                    twin.juror = stores[layer.index] = layer.juror.beside(twin.store)
             else:
                 twin = copy.deepcopy(layer)
             other.layers.append(twin)

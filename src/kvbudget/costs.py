@@ -35,17 +35,16 @@ def entry_cost(geometry: CacheGeometry, parts: Parts, dtype: torch.dtype) -> Ent
     shape = geometry.layers[geometry.budgeted_layers[0]]
     item = dtype.itemsize
     widths = (shape.key_head_dim, shape.value_head_dim)
-    states = len(parts.scorer.states) if parts.scorer is not None else 0
-    states += len(parts.destination.columns) if parts.destination is not None else 0
-    states += len(parts.selector.states) if parts.selector is not None else 0
-    states += len(parts.moves)
     looks_back = parts.selector if isinstance(parts.selector, LookingBack) else None
-    per_entry = 4.0 * (1 + states)
+    per_entry = 4.0 * (1 + len(parts.states))
     fixed = 0.0 if parts.scorer is None else parts.scorer.fixed_bytes(shape.key_head_dim, shape.group_size)
     fixed += 0.0 if looks_back is None else looks_back.fixed_bytes(shape.value_head_dim, shape.group_size)
     apart = parts.protect.sinks if parts.position_mode == "cache" else 0  # with a tail and states of their own
     if parts.sharing is not None and parts.sharing.merges:
         held, once = parts.sharing.entry_bytes(geometry, item, apart)
+        if parts.jury:  # in which every layer counts
+            layers = len(parts.sharing.together(geometry, geometry.budgeted_layers[0]))
+            held, once = held / layers, once / layers
         per_entry, fixed = per_entry + held, fixed + once
     elif parts.codec is None:
         per_entry += item * sum(widths)

@@ -64,12 +64,15 @@ class Enforcer(Shares):
             acts = not (self.suspended or (parts.trigger.after_prefill and self.filled))
             if parts.layers is not None:
                 self._allocate(index, view, parts.layers, acts)
-            elif acts:
+            elif acts and not parts.jury:
                 self.settle(layer, view)
+            if acts and parts.jury and layer is self.layers[-1]:
+                self.settle_all(view.new_tokens)
             if not acts and parts.trigger.after_prefill:
                 layer.set_capacity(None)
-        if not self.suspended:
-            layer.finish_forward(view.asked() if self._asks else None)
+        if not self.suspended and not (parts.jury and layer is not self.layers[-1]):
+            for each in self._group(layer):
+                each.finish_forward(view.asked() if self._asks else None)
         layer.rest = min(layer.rest, self._rest(layer))
 
     def _rest(self, layer: LayerCache) -> int:
@@ -101,6 +104,8 @@ class Enforcer(Shares):
         last = self.measured[index] or [None] * layer.batch_size
         if allocator.measures:
             self.measured[index] = list(allocator.preference(view, last))
+        if self.parts.jury:  # which decides when the last of its layers has been measured
+            return
         if acts and allocator.joint:
             if layer is self.layers[-1] or allocator.ends_round(index):
                 self.settle_all(view.new_tokens)
@@ -151,14 +156,17 @@ class Enforcer(Shares):
 
         ``among[b]`` says which sequences may lose entries (None: all).
         """
+        group = self._group(layer)
+        if layer is not group[0]:
+            return
         index, heads, batch = self.layers.index(layer), layer.num_kv_heads, range(len(layer.seen))
-        limits = [self.shares(b)[index] for b in batch]
+        limits = [self._limit(index, b) for b in batch]
         if self._rests and layer.capacity == limits and layer.longest * heads <= min(limits):
             return
         held = layer.evictable()
-        layer.set_capacity(
-            None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
-        )
+        for each in group:
+            room = None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
+            each.set_capacity(room)
         if not self._apart:
             over = [max(held[b]) * heads > limits[b] for b in batch]
         else:
@@ -173,6 +181,18 @@ class Enforcer(Shares):
             self._evict(layer, view, over, due, targets, limits)
         if self.cost.aside and self.budget.kind == "bytes":
             self._limit_aside(layer)
+
+    def _group(self, layer: LayerCache) -> list[LayerCache]:
+        """The layers that hold the same entries as this one, by a vote of all."""
+        return self.layers if self.parts.jury else [layer]
+
+    def _limit(self, index: int, b: int) -> int:
+        """Entries that a layer may hold of sequence b, over all KV heads: its share, or the mean where all hold the same."""
+        shares = self.shares(b)
+        if not self.parts.jury:
+            return shares[index]
+        heads = self.layers[index].num_kv_heads
+        return sum(shares) // (len(shares) * heads) * heads
 
     @cached_property
     def _rests(self) -> bool:
@@ -262,7 +282,8 @@ class Enforcer(Shares):
         scores, keep = self._chosen[leader] if leader < index else self._choose(layer, view, over, due, targets)
         if leader == index:
             self._chosen[index] = (scores, keep)
-        if index + 1 == len(self.layers) or self._leader(index + 1) == index + 1:  # nobody else follows the leader
+        last = self.parts.jury or index + 1 == len(self.layers)
+        if last or self._leader(index + 1) == index + 1:  # nobody else follows the leader
             del self._chosen[leader]
         if self.parts.threshold is not None and bool((keep | ~valid.flatten(0, 1)).all()):
             return
@@ -275,7 +296,8 @@ class Enforcer(Shares):
         evicted = None
         if self.parts.destination is not None:
             evicted = self._gather(layer, ~keep & valid.flatten(0, 1), keep, scores.flatten(0, 1))
-        layer.evict(keep, spare)
+        for each in self._group(layer):
+            each.evict(keep, spare)
         self.evictions += 1
         if self.parts.destination is not None and evicted is not None and evicted.position.numel():
             self.parts.destination.receive(layer, evicted)
@@ -284,16 +306,42 @@ class Enforcer(Shares):
         self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Scores ``[B, Hkv, T]``, and which entries stay ``[R, T]``."""
+        heads, valid = layer.num_kv_heads, view.valid
+        decide = self._elect if self.parts.votes else self._judge
+        scores, judged, protected, counts = decide(
+            layer, view, over, due, targets, self._protected(view, over, targets)
+        )
+        stored = layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
+        if stored:
+            units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads))
+        elif (units := self.parts.granularity.units(view)) is not None:
+            alone = torch.arange(units.shape[-1], device=units.device) + units.max() + 1
+            units = torch.where(protected, alone, units)
+        return scores, select(judged, protected, valid, counts, units, fill=not stored).flatten(0, 1)
+
+    def _protected(self, view: View, over: list[bool], targets: list[int]) -> Tensor:
+        """Entries ``[B, Hkv, T]`` that stay whatever they score."""
+        # Where all layers compete, the ranking has counted as protected what a uniform share protects.
+        joint = self.parts.layers is not None and self.parts.layers.joint
+        shares = [self._mean(b) if joint else target / view.num_kv_heads for b, target in enumerate(targets)]
+        means = [share if o else float("inf") for o, share in zip(over, shares, strict=True)]
+        return protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
+
+    def _with_newest(self, view: View, protected: Tensor, counts: Tensor) -> Tensor:
+        """The protected entries, and the share of ``counts [B, Hkv]`` that is the newest ones'."""
+        if not self.parts.protect.recent_share:
+            return protected
+        recent = (counts * self.parts.protect.recent_share).long().minimum((counts - protected.sum(-1)).clamp_min(0))
+        return protected | (newest(view.positions, recent) & view.valid)
+
+    def _judge(
+        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], protected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores, those after a second look, what is protected, and how many entries ``[B, Hkv]`` each head keeps."""
         assert self.parts.scorer is not None
         heads = layer.num_kv_heads
         scores = self.parts.scorer.score(view).float()
-        valid = view.valid
-        # Where all layers compete, the ranking has counted as protected what a uniform share protects.
-        joint = self.parts.layers is not None and self.parts.layers.joint
-        shares = [self._mean(b) if joint else target / heads for b, target in enumerate(targets)]
-        means = [share if o else float("inf") for o, share in zip(over, shares, strict=True)]
-        protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
-        held = layer.evictable()
+        valid, held = view.valid, layer.evictable()
         asked = scores
         if self.parts.threshold is not None:  # no threshold judges the window, not even where a budget shrinks it
             inside = protected_entries(view.positions, view.seen, self.parts.protect, self.spans)
@@ -316,11 +364,8 @@ class Enforcer(Shares):
                 split = [target // heads] * heads
             splits.append(split)
         counts = torch.tensor(splits, device=scores.device)
-        if self.parts.protect.recent_share:
-            alike = torch.tensor(targets, device=scores.device)[:, None].expand_as(counts) // heads
-            recent = ((alike if self.parts.votes else counts) * self.parts.protect.recent_share).long()
-            recent = recent.minimum((counts - protected.sum(-1)).clamp_min(0))
-            protected = protected | (newest(view.positions, recent) & valid)
+        if not self.parts.votes:
+            protected = self._with_newest(view, protected, counts)
         if self.parts.threshold is not None:
             passing = ((asked >= self.parts.threshold) & valid).sum(-1)
             acts = torch.tensor([o or d for o, d in zip(over, due, strict=True)], device=scores.device)
@@ -328,18 +373,29 @@ class Enforcer(Shares):
         judged = scores
         if self.parts.refinement is not None:
             judged = self.parts.refinement.refine(view, scores, protected, counts)
-        if self.parts.votes:
-            judged = votes(judged, protected, valid, counts)
-            wanted = (((judged >= 1) | protected) & valid).sum(-1)
-            most = [target // heads if o else valid.shape[-1] for o, target in zip(over, targets, strict=True)]
-            counts = wanted.minimum(torch.tensor(most, device=wanted.device)[:, None])
-        stored = layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
-        if stored:
-            units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads))
-        elif (units := self.parts.granularity.units(view)) is not None:
-            alone = torch.arange(units.shape[-1], device=units.device) + units.max() + 1
-            units = torch.where(protected, alone, units)
-        return scores, select(judged, protected, valid, counts, units, fill=not stored).flatten(0, 1)
+        return scores, judged, protected, counts
+
+    def _elect(
+        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], protected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_judge`, for heads that hold the same entries: how much they want each, and how many of them stay."""
+        heads, held = layer.num_kv_heads, layer.evictable()
+        entries = torch.tensor([t // heads if o else h[0] for o, t, h in zip(over, targets, held, strict=True)])
+        most = entries[:, None].expand(-1, heads).to(protected.device)
+        protected = self._with_newest(view, protected, most)
+        found = []
+        for each in self._group(layer):
+            at, own = self.layers.index(each), targets
+            if self._leader(at) != at:
+                continue
+            if self.parts.jury:  # each layer asks for its own share, less what is evicted ahead
+                shares = [self.shares(b)[at] - self._limit(at, b) + target for b, target in enumerate(targets)]
+                own = [max(share, self.floor * heads) for share in shares]
+            seat = view if each is layer else View(each)
+            found.append(self._judge(each, seat, over, due, own, protected))
+        wanted = torch.stack([votes(judged, protected, view.valid, counts) for _, judged, _, counts in found]).amax(0)
+        asked = (((wanted >= 1) | protected) & view.valid).sum(-1)
+        return found[0][0], wanted, protected, asked.minimum(most)
 
     def _leader(self, index: int) -> int:
         return index if self.parts.layers is None else self.parts.layers.leader(index)

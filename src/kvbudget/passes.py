@@ -122,7 +122,7 @@ class Prefill:
         def watch(index: int, call: AttentionCall, lse: Tensor, own: Tensor) -> None:
             if index in cache._at:
                 queries = Queries(call.query, lse, call.scale, call.softcap, call.valid, own)
-                scorer.probe(View(cache.layers[index].store, queries), spans)
+                scorer.probe(View(cache.enforcer.layers[cache._at[index]], queries), spans)
             if index == last:
                 raise _Judged
 

@@ -219,7 +219,7 @@ def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
     calibrate("xquant", model)
     calibrate("xquant_cl", model)
     for policy, why in (
-        ("knorm+pyramidkv+xquant_cl", "allocators over layers"),
+        ("streaming_llm(positions='cache')+pyramidkv+xquant_cl", "nothing to vote on"),
         ("d2o+xquant_cl", "held for all layers at once"),
         ("knorm+kivi+xquant", "use one of the codecs"),
     ):

@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from brute import kept_positions
+from test_calibrated import PINNED, POLICIES, calibrated
+from test_registry import SMALL, feed
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
+from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import AttentionCall
+from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint, rotation_of
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.selection import votes
@@ -128,24 +132,97 @@ def worth(model: PreTrainedModel, policy: str, entries: int, batch: int = 1) -> 
     return f"{batch * int(heads * (enforcer.cost.fixed + entries * enforcer.cost.per_entry) + 1)}B"
 
 
-ATTENDED = (
-    "snapkv(window=8)+adakv",
-    "streaming_llm(sinks=4)+adakv",
-    "h2o+adakv",
-    "streaming_llm(sinks=4, positions='cache')",
-    "lacache(positions='cache')",
+ATTENDED = [
+    ("snapkv(window=8)+adakv", CODECS[0]),
+    ("h2o+adakv", CODECS[2]),
+    ("snapkv(window=8)+pyramidkv", CODECS[1]),
+    ("snapkv(window=8)+adakv+pyramidkv", CODECS[2]),
+    ("streaming_llm(sinks=4, positions='cache')", CODECS[0]),
+    ("streaming_llm(sinks=4, positions='cache')", CODECS[2]),
+    ("lacache(positions='cache')", CODECS[0]),
+    ("lacache(positions='cache')", CODECS[1]),
+]
+
+
+@pytest.mark.parametrize(("policy", "codec"), ATTENDED)
+def test_queries_attend_to_what_the_kept_tokens_decode_to(policy, codec):
+    """In padded batches under a budget of entries, and in even ones under bytes, which hold at every step."""
+    model = fitted(tiny_model("llama", num_attention_heads=2, num_key_value_heads=2))
+    texts, policy = [random_text(n + 20, seed=n) for n in (90, 61)], f"{policy}+{codec}"
+    for budget, rows in ((48, texts), (worth(model, policy, 48, 2), texts[:1] * 2)):
+        cache = replay(model, policy, budget, rows, 20)
+        assert all(segment.cells.total for segment in cache.enforcer.layers[0].main[-1:])
+
+
+def test_the_tokens_stay_that_heads_and_layers_want_most():
+    """Against votes counted from the keys as they came: of one layer's heads, and of all layers with different shares."""
+    model, ids = fitted(tiny_model("llama", num_key_value_heads=4)), torch.randperm(127)[None, :90] + 1
+    full = KVCache(model)
+    with torch.inference_mode():
+        model(ids, past_key_values=full)
+        scores = torch.stack([-layer.main[0].keys().norm(dim=-1) for layer in full.enforcer.layers])
+        for policy in (
+            "knorm+adakv+xquant(group=64)",
+            "knorm+adakv+evolkv(weights=(3.0, 1.0))+aquakv",
+            "knorm+pyramidkv+aquakv",
+        ):
+            cache = KVCache(model, policy, 30)
+            model(ids, past_key_values=cache)
+            (kept, *others), shares = (kept_positions(cache, layer) for layer in range(2)), cache.enforcer.shares(0)
+            votes_of = []
+            for layer, total in enumerate(shares):
+                own, counts = scores[layer], [total // 4] * 4
+                if cache.parts.heads is None:
+                    own = own.mean(0, keepdim=True).expand(4, -1)
+                else:
+                    valid = torch.ones(4, 90, dtype=torch.bool)
+                    counts = cache.parts.heads.split(own, ~valid, valid, total)
+                ranks = own.argsort(dim=-1, descending=True).argsort(dim=-1)
+                votes_of.append((torch.tensor(counts)[:, None] / (ranks + 1)).amax(0))
+            if "xquant" not in policy:
+                votes_of = [torch.stack(votes_of).amax(0)] * 2
+            for found, wanted in zip((kept, *others), votes_of, strict=True):
+                assert found == [sorted(wanted.argsort(descending=True, stable=True)[:30].tolist())] * 4, policy
+
+
+JURIES = (
+    "snapkv(window=8)+adakv+xquant_cl(group=16)",
+    "cake(window=8)+aquakv(residual=16)",
+    "kvzap(window=8, depth=0)+aquakv(residual=16)",
 )
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("policy", ATTENDED)
-def test_queries_attend_to_what_the_kept_tokens_decode_to(policy, codec):
-    model = fitted(tiny_model("llama", num_attention_heads=2, num_key_value_heads=2))
-    texts = [random_text(n + 40, seed=n) for n in (90, 61)]
-    policy = f"{policy}+{codec}"
-    for budget, rows in ((48, texts), (worth(model, policy, 48, 2), texts[:1] * 2)):
-        cache = replay(model, policy, budget, rows, 40)
-        assert all(segment.cells.total for segment in cache.enforcer.layers[0].main[-1:])
+@pytest.mark.parametrize("policy", JURIES)
+def test_padded_rows_equal_their_single_runs_and_forks_and_files_go_on_alike(policy, tmp_path):
+    model = fitted(calibrated())
+    texts = [random_text(n, seed=n) for n in (40, 90, 67)]
+    ids, mask = left_padded(texts)
+    ids, mask = torch.cat([ids, random_text(6, rows=3)], dim=1), torch.cat([mask, torch.ones(3, 6).long()], dim=1)
+    batch = KVCache(model, policy, 48)
+    logits = feed(model, batch, ids, [90] + [1] * 6, mask)
+    for b, text in enumerate(texts):
+        single, text = KVCache(model, policy, worth(model, policy, 48)), torch.cat([text, ids[b : b + 1, -6:]], dim=1)
+        expected = feed(model, single, text, [text.shape[1] - 6] + [1] * 6)
+        torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=2e-4, rtol=0)
+    fork, drafted, more = single.fork(), single.fork(), random_text(8)
+    single.save(tmp_path / "cache.kv")
+    drafted.activate_past_recording()
+    with torch.inference_mode():
+        model(random_text(4, seed=1), past_key_values=drafted)
+        drafted.crop(-4)
+        model(more[:, :3], past_key_values=drafted)
+        drafted.crop(0)
+    feed(model, single, more, [3])
+    for layer in range(2):
+        assert kept_positions(drafted, layer) == kept_positions(single, layer)
+    loaded, expected = KVCache.load(tmp_path / "cache.kv", model), feed(model, single, more[:, 3:], [1] * 5)
+    for other in (fork, loaded):
+        torch.testing.assert_close(feed(model, other, more, [3] + [1] * 5)[:, 3:], expected, atol=1e-5, rtol=0)
+    batch.batch_select_indices(torch.tensor([2, 0, 0, 1]))
+    batch.check_integrity()
+    assert kept_positions(batch, 1, 1) == kept_positions(batch, 0, 2)
+    batch.reset()
+    assert not batch.nbytes
 
 
 def test_a_vote_is_the_share_of_its_entries_at_which_a_head_would_let_one_go():
@@ -164,3 +241,78 @@ def test_a_vote_is_the_share_of_its_entries_at_which_a_head_would_let_one_go():
             for r, t in enumerate(sorted(free, key=lambda t: -float(scores[b, h, t]))):
                 wanted[t] = max(wanted[t], (int(counts[b, h]) - fixed) / (r + 1))
         assert found[b, 0, free].tolist() == pytest.approx([wanted[t] for t in free])
+
+
+NEVER = {
+    "chai": "heads that share keys",
+    "kv_heads": "mixtures of the model's",
+    "retro_attention": "every entry as it was",
+}
+READERS = dict.fromkeys(("a2ats", "kcache", "mpcache", "neurocache", "top_theta"), "read whole")
+TAKERS = (
+    "cam",
+    "chelsea",
+    "d2o",
+    "elastic_cache",
+    "ems",
+    "lattice",
+    "less",
+    "mikv",
+    "razor_attention",
+    "transformer_vq",
+)
+STACKED = NEVER | READERS | dict.fromkeys(TAKERS, "held for all layers") | {"pyramidinfer": "layers above"}
+WHOLE = ("duo_attention", "razor_attention")
+"""Every layer of the model has a head that keeps everything."""
+OWN = {
+    term.name: text
+    for text in (*POLICIES, *PINNED)
+    for term in parse(text).recipes
+    if term.name not in ("snapkv", "h2o")
+}
+OWN |= {
+    "finch": "finch(window=8)",
+    "laq": "laq(first=8)",
+    "epicache": "epicache(block=32, window=8, episodes=2, medoids=2)",
+    "kvzip": "kvzip(chunk=32, instruction_ids=(1, 2))",
+    "pyramidinfer": "pyramidinfer(window=8)",
+    "chelsea": "chelsea(recent=8)",
+    "razor_attention": "razor_attention(window=16)",
+    "duo_attention": "duo_attention(sinks=4, recent=8)",
+}
+METHODS = [name for name, kind in registry().items() if kind.role not in ("codec", "sharing map", "baseline")]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_evicting_method_goes_with_every_joint_codec_or_says_why_not(codec):
+    model, ids = fitted(calibrated()), random_text(84)
+    refused = NEVER if codec == CODECS[0] else STACKED
+    for name in METHODS:
+        policy = OWN.get(name, SMALL.get(name, name))
+        if parse(policy).parts().scorer is None:
+            policy = f"snapkv(window=8)+{policy}"
+        policy = f"{policy}+{codec}"
+        if name in refused:
+            with pytest.raises(PolicyError, match=refused[name]):
+                KVCache(model, policy, 48)
+            continue
+        if name in WHOLE:
+            with pytest.raises(BudgetError, match="all that are coded with it"):
+                KVCache(model, policy, "60%")
+        planned = parse(policy).prefill_peak == "full_prompt"
+        budget = None if name in WHOLE else 40 if planned else worth(model, policy, 60)
+        cache = KVCache(model, policy, budget)
+        cache.prefill(model, ids[:, :80], **({} if cache.parts.plan else {"chunk_size": 40}))
+        feed_on(model, cache, ids[:, 80:])
+        assert name in WHOLE or cache.enforcer.evictions, policy
+
+
+def feed_on(model: PreTrainedModel, cache: KVCache, ids: Tensor) -> None:
+    """Single tokens; the integrity, bytes among it, checked after each."""
+    with torch.inference_mode():
+        for token in ids.split(1, dim=1):
+            assert bool(model(token, past_key_values=cache).logits.isfinite().all())
+            cache.check_integrity()
+    for layer in range(len(cache.enforcer.layers)):
+        rows = kept_positions(cache, layer)
+        assert rows == rows[:1] * len(rows)

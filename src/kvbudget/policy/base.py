@@ -191,9 +191,23 @@ class Parts:
         return any(getattr(part, "uses_marks", False) for part in self.__dict__.values())
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """Columns that are held per entry: running states of the parts, and what keys have been moved by."""
+        scorer = () if self.scorer is None else self.scorer.states
+        extra = () if self.destination is None else self.destination.columns
+        return (*scorer, *extra, *(() if self.selector is None else self.selector.states), *self.moves)
+
+    @property
     def votes(self) -> bool:
-        """Whether heads that want different entries hold the same ones, since what they hold is coded together."""
-        return self.heads is not None and self.sharing is not None and self.sharing.aligned
+        """Whether heads, or layers, that want different entries hold the same ones, since these are coded together."""
+        return self.sharing is not None and self.sharing.aligned and (self.heads is not None or self.jury)
+
+    @property
+    def jury(self) -> bool:
+        """Whether all layers vote, each by its own queries, on what is coded for all of them."""
+        if self.scorer is None or self.sharing is None or not self.sharing.stacked:
+            return False
+        return self.heads is not None or self.layers is not None or not self.scorer.by_position
 
     @property
     def moves(self) -> tuple[str, ...]:

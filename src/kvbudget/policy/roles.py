@@ -38,11 +38,12 @@ class Scorer(Part, ABC):
 
     ``aligned`` scorers give all KV heads of a layer the same scores, computed over heads that hold the same entries; they
     cannot go together with an allocator over heads. ``rotates`` scorers use `View.rotation`, so models whose keys follow no
-    verified rotation are refused.
+    verified rotation are refused. ``by_position`` scorers look at positions alone, and say the same in all heads and layers.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     aligned: ClassVar[bool] = False
+    by_position: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
 
     def fixed_bytes(self, key_dim: int, group: int) -> float:

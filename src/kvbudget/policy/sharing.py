@@ -33,6 +33,11 @@ class Sharing(Part, ABC):
         """Entries that can only be kept or evicted together."""
         return 1
 
+    @property
+    def stacked(self) -> bool:
+        """Whether all layers are coded one upon the other."""
+        return False
+
     @abstractmethod
     def owners(self, layers: int) -> list[int]:
         """The owner of each of ``layers`` layers: itself, or an earlier one that is its own owner."""
@@ -175,6 +180,10 @@ class Joint(Sharing):
     @property
     def unit(self) -> int:
         return self.codec.unit
+
+    @property
+    def stacked(self) -> bool:
+        return self.layered
 
     def owners(self, layers: int) -> list[int]:
         return [0] * layers if self.layered else list(range(layers))

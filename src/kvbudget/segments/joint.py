@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ class JointSegment(RestoredSegment):
     """Tokens whose heads and layers one codec holds together; all KV heads of a sequence hold the same ones.
 
     ``first`` and ``tail`` are entries in full precision, a row per KV head with the layers of the ``group`` side by side;
-    ``cells`` are the coded tokens, a row per sequence, with the columns of each layer under its number in the group. What a
-    layer decodes to is kept for the one above it as long as a forward lasts.
+    ``cells`` are the coded tokens, a row per sequence, with the columns of each layer under its number in the group. What the
+    last layer that was asked for decodes to is kept, for it and the one above it, as long as a forward lasts.
     """
 
     def __init__(self, num_rows: int, codec: JointCodec, group: Group) -> None:
@@ -42,7 +42,7 @@ class JointSegment(RestoredSegment):
         self.cells = RaggedTable(num_rows // group.heads, step=-(-64 // codec.unit))
         self.tail = RaggedTable(num_rows, step=codec.longest_tail)
         self.first.limits, self.tail.limits = [codec.sinks] * num_rows, [codec.longest_tail] * num_rows
-        self._below: tuple[int, State] | None = None
+        self._last: tuple[int, Tensor, Tensor, State] | None = None
 
     @property
     def coded(self) -> list[int]:
@@ -55,12 +55,12 @@ class JointSegment(RestoredSegment):
         return self.coded if self.unit > 1 else [0] * self.num_rows
 
     def append(self, key: Tensor, value: Tensor, meta: Mapping[str, Tensor], counts: Sequence[int]) -> None:
-        self._below = None
+        self._last = None
         self.meta.append(meta, counts)
         self.tail.append({"key": key, "value": value}, counts)
 
     def seal(self, asked: object = None) -> None:
-        codec, self._below = self.codec, None
+        codec, self._last = self.codec, None
         fresh = [not coded for coded in self.coded]
         awaited = [n - codec.sinks * f for n, f in zip(self.tail.lengths, fresh, strict=True)]
         due = [max(0, n) // codec.lump * codec.lump for n in awaited]
@@ -117,11 +117,11 @@ class JointSegment(RestoredSegment):
         return out[0], out[1]
 
     def keys(self) -> Tensor:
-        found, self._below = super().keys(), None
+        found, self._last = super().keys(), None
         return found
 
     def values(self) -> Tensor:
-        found, self._below = super().values(), None
+        found, self._last = super().values(), None
         return found
 
     def writable(self, row: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class JointSegment(RestoredSegment):
                     keys[:, face] = own.rotate(keys[:, face], delta[begin:][: len(keys)])
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
-        self._below = None
+        self._last = None
         heads, keep = self.group.heads, keep.cpu()
         alike = keep.unflatten(0, (-1, heads))
         assert bool((alike == alike[:, :1]).all()), "all KV heads keep the same entries"
@@ -167,7 +167,7 @@ class JointSegment(RestoredSegment):
             self.tail.take(tail, max(0, self.codec.longest_tail - int(tail.sum(1).max())))
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        self._below = None
+        self._last = None
         self.tail.truncate([n - coded for n, coded in zip(lengths, self.coded, strict=True)])
         self.meta.truncate(lengths)
 
@@ -183,7 +183,7 @@ class JointSegment(RestoredSegment):
         self.cells.limits = cells
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        self._below = None
+        self._last = None
         for table in (self.meta, self.first, self.tail):
             table.select_rows(rows)
         self.cells.select_rows([row // self.group.heads for row in rows[:: self.group.heads]])
@@ -207,7 +207,7 @@ class JointSegment(RestoredSegment):
     def share(self) -> Segment:
         other = super().share()
         assert isinstance(other, JointSegment)
-        other._below = None
+        other._last = None
         return other
 
     def check_integrity(self) -> None:
@@ -219,14 +219,15 @@ class JointSegment(RestoredSegment):
 
     def _decoded(self, face: int) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values ``[N, Hkv * D]`` of the coded tokens of all sequences."""
-        start, below = 0, None
-        if self._below is not None and self._below[0] == face:
-            start, below = self._below
-        for at in range(start, face + 1):
+        known, key, value, below = self._last or (-1, None, None, None)
+        if known > face:
+            known, below = -1, None
+        for at in range(known + 1, face + 1):
             begin = f"{at}."
             columns = {n.removeprefix(begin): self.cells.flat(n) for n in self.cells.columns if n.startswith(begin)}
             key, value, below = self.codec.decode(self.group.layers[at], columns, below)
-        self._below = None if face + 1 == len(self.group.layers) else (face + 1, below)
+        assert key is not None and value is not None
+        self._last = (face, key, value, below) if len(self.group.layers) > 1 else None
         return key, value
 
     def _places(self, b: int, begin: int, count: int) -> Tensor:
@@ -244,3 +245,38 @@ class JointSegment(RestoredSegment):
 
     def _by_row(self, values: Sequence[int]) -> list[int]:
         return [value for value in values for _ in range(self.group.heads)]
+
+
+class FaceSegment(RestoredSegment):
+    """The entries of a `JointSegment` as one of its layers judges them: states of its own, keys and values by ``restore``."""
+
+    def __init__(self, num_rows: int, restore: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.meta, self.restore = RaggedTable(num_rows), restore
+
+    def restored(self, face: int) -> tuple[Tensor, Tensor]:
+        return self.restore()
+
+    def append(self, key: Tensor, value: Tensor, meta: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+        self.meta.append(meta, counts)
+
+    def take(self, keep: Tensor, spare: int = 0) -> None:
+        self.meta.take(keep, spare)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        self.meta.truncate(lengths)
+
+    def can_truncate(self, lengths: Sequence[int]) -> bool:
+        return True
+
+    def tables(self) -> list[RaggedTable]:
+        return [self.meta]
+
+    def parts(self) -> dict[str, int]:
+        position = self.meta.columns["position"].untyped_storage().nbytes() if self.meta.columns else 0
+        return {"positions": position, "states": self.meta.nbytes - position}
+
+    def branch(self, hard: bool) -> Segment:
+        return self
+
+    def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
+        raise AssertionError("a segment that never branches has nothing to absorb")

@@ -28,7 +28,7 @@ def pack(cache: KVCache) -> tuple[dict[str, Any], Tensors]:
     layers = []
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, AttentionLayer):
-            own = _pack_layer(layer.store, str(index), tensors) if layer.owns else {}
+            own = _pack_layer(layer.own, str(index), tensors) if layer.own is not None else {}
             layers.append({"columns": layer.columns, **own})
         else:
             layers.append(_pack_recurrent(layer, str(index), tensors))
@@ -53,9 +53,9 @@ def unpack(cache: KVCache, state: Mapping[str, Any], tensors: Tensors) -> None:
         if isinstance(layer, AttentionLayer):
             shape = cache.geometry.layers[index]
             layer.columns = numbers["columns"]
-            if not layer.owns:
+            if layer.own is None:
                 continue
-            _unpack_layer(cache, layer.store, (shape.key_head_dim, shape.value_head_dim), numbers, str(index), tensors)
+            _unpack_layer(cache, layer.own, (shape.key_head_dim, shape.value_head_dim), numbers, str(index), tensors)
         else:
             _unpack_recurrent(layer, numbers, str(index), tensors)
     cache.enforcer.measured = [list(row) for row in state["measured"]]

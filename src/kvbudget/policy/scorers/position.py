@@ -14,6 +14,8 @@ from kvbudget.policy.view import View
 class Recency(Scorer):
     """``score = position``: the newest entries are the best."""
 
+    by_position: ClassVar[bool] = True
+
     def score(self, view: View) -> Tensor:
         return view.positions.float()
 

@@ -28,6 +28,10 @@ class Shared(Scorer):
         return self.scorer.rotates
 
     @property
+    def by_position(self) -> bool:  # type: ignore[override]
+        return self.scorer.by_position
+
+    @property
     def uses_marks(self) -> bool:  # type: ignore[override]
         return self.scorer.uses_marks
 

@@ -1,0 +1,40 @@
+"""Jury: layers that judge, each by its own queries, what one segment holds for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvbudget.layer import LayerCache
+from kvbudget.segments.base import Segment
+from kvbudget.segments.joint import FaceSegment
+
+
+class Juror(LayerCache):
+    """One of the layers whose entries the first of them, the ``owner``, holds coded together.
+
+    It holds the same entries as the owner, as states and statistics of its own, and no keys and values. The owner answers its
+    queries.
+    """
+
+    def __init__(self, layer_idx: int, owner: LayerCache, **options: Any) -> None:
+        super().__init__(layer_idx, owner.num_kv_heads, make_segment=self._make, **options)
+        self.owner, self.together = owner, owner.together
+
+    def beside(self, owner: LayerCache) -> Juror:
+        """A fork of it beside a fork of its owner."""
+        other = self.fork()
+        assert isinstance(other, Juror)
+        other.owner, other.make_segment = owner, other._make
+        for segment in other.main:
+            assert isinstance(segment, FaceSegment)
+            segment.restore = other._restore
+        return other
+
+    def _make(self, num_rows: int) -> Segment:
+        return FaceSegment(num_rows, self._restore)
+
+    def _restore(self) -> tuple[Tensor, Tensor]:
+        (segment,) = self.owner.main
+        return segment.restored(self.together.index(self.layer_idx))  # type: ignore[attr-defined]
