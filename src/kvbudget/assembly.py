@@ -104,15 +104,10 @@ def check_merged(policy: Policy, parts: Parts, shares: bool) -> None:
             )
     elif parts.codec is not None:
         raise PolicyError(f"{policy}: what one codec has coded, another one cannot code again; use one of the codecs")
-    elif shares and parts.destination is not None:
-        raise PolicyError(
-            f"{policy}: a destination writes into, or takes its entries from, one layer, and these are held for all layers at "
-            "once; use a codec of single layers, such as xquant"
-        )
     elif parts.jury and parts.position_mode == "cache":
         raise PolicyError(
             f"{policy}: positions inside the cache keep sinks and the newest entries in all layers, which have nothing to vote on "
-            "where they are coded together; leave the allocator out, or use positions='original'"
+            "where they are coded together; leave allocators and destinations out, or use positions='original'"
         )
 
 
@@ -171,7 +166,7 @@ def budgeted_layer(
 
 def juror(model: PreTrainedModel, index: int, geometry: CacheGeometry, parts: Parts, owner: LayerCache) -> Juror:
     """Layer ``index`` as one that judges what ``owner`` holds for it."""
-    states = tuple(name for name in parts.states if name not in parts.moves)
+    states = tuple(name for name in parts.states if name not in parts.moves)  # only the owner's keys are moved
     layer = Juror(index, owner, states=states, rotation=rotation_for(model, index, parts))
     layer.depth = owner.together.index(index) / max(1, len(owner.together) - 1)
     layer.page, layer.hard = owner.page, owner.hard

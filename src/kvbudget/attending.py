@@ -180,8 +180,9 @@ class Attending(Cache):
             call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
         elif owner.readers:
             self._calls[index] = call
+        store = layer.own or layer.store
         if self.probing is not None:
-            out, lse, own = layer.store.probe(call)
+            out, lse, own = store.probe(call)
             self.probing(index, call, lse, own)
             if index == self._last:
                 self._valid, self._calls = None, {}
@@ -193,7 +194,7 @@ class Attending(Cache):
             self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
         if thinned is not None:
             call = thinned.take(call)
-        out, lse = layer.store.forward(call) if not owner.readers else layer.store.probe(call)[:2]
+        out, lse = store.forward(call) if not owner.readers else store.probe(call)[:2]
         self._follow(layer, call, lse, width)
         if thinned is not None:
             return thinned.spread(out, width)

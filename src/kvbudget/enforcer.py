@@ -179,8 +179,8 @@ class Enforcer(Shares):
             fresh = new_tokens or view.new_tokens
             targets = [self._target(layer, b, limits[b], fresh[b]) for b in batch]
             self._evict(layer, view, over, due, targets, limits)
-        if self.cost.aside and self.budget.kind == "bytes":
-            self._limit_aside(layer)
+        for each in group if self.cost.aside and self.budget.kind == "bytes" else ():
+            self._limit_aside(each)
 
     def _group(self, layer: LayerCache) -> list[LayerCache]:
         """The layers that hold the same entries as this one, by a vote of all."""
@@ -240,7 +240,6 @@ class Enforcer(Shares):
 
         Returns which sequences hold more than the budget; the others keep the shares that they had.
         """
-        assert self.parts.scorer is not None
         batch = range(self._batch_size())
         means = [self._mean(b) for b in batch]
         held = [sum(sum(layer.evictable()[b]) for layer in layers) for b in batch]
@@ -252,7 +251,7 @@ class Enforcer(Shares):
         for layer in layers:
             view = View(layer)
             protected = protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
-            judged = self.parts.scorer.score(view).float().masked_fill(protected, float("inf"))
+            judged = self._scores(view).masked_fill(protected, float("inf"))
             scores.append(judged.masked_fill(~view.valid, float("-inf")))
         heads = sum(layer.num_kv_heads for layer in layers)
         last = [row or [None] * len(batch) for row in self.measured or [[]] * len(self.layers)]
@@ -293,14 +292,18 @@ class Enforcer(Shares):
         spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
             spare = min(spare, self.parts.trigger.every)
-        evicted = None
-        if self.parts.destination is not None:
-            evicted = self._gather(layer, ~keep & valid.flatten(0, 1), keep, scores.flatten(0, 1))
-        for each in self._group(layer):
+        group, destination, gone = self._group(layer), self.parts.destination, ~keep & valid.flatten(0, 1)
+        evicted = []
+        for each in () if destination is None else group:
+            own = scores if each is layer else self._scores(View(each))
+            evicted.append(self._gather(each, gone, keep, own.flatten(0, 1)))
+        for each in group:
             each.evict(keep, spare)
         self.evictions += 1
-        if self.parts.destination is not None and evicted is not None and evicted.position.numel():
-            self.parts.destination.receive(layer, evicted)
+        if destination is not None:
+            for each, left in zip(group, evicted, strict=True):
+                if left.position.numel():
+                    destination.receive(each, left)
 
     def _choose(
         self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int]
@@ -318,6 +321,10 @@ class Enforcer(Shares):
             alone = torch.arange(units.shape[-1], device=units.device) + units.max() + 1
             units = torch.where(protected, alone, units)
         return scores, select(judged, protected, valid, counts, units, fill=not stored).flatten(0, 1)
+
+    def _scores(self, view: View) -> Tensor:
+        assert self.parts.scorer is not None
+        return self.parts.scorer.score(view).float()
 
     def _protected(self, view: View, over: list[bool], targets: list[int]) -> Tensor:
         """Entries ``[B, Hkv, T]`` that stay whatever they score."""
@@ -338,9 +345,7 @@ class Enforcer(Shares):
         self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], protected: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores, those after a second look, what is protected, and how many entries ``[B, Hkv]`` each head keeps."""
-        assert self.parts.scorer is not None
-        heads = layer.num_kv_heads
-        scores = self.parts.scorer.score(view).float()
+        heads, scores = layer.num_kv_heads, self._scores(view)
         valid, held = view.valid, layer.evictable()
         asked = scores
         if self.parts.threshold is not None:  # no threshold judges the window, not even where a budget shrinks it

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from kvbudget.layer import LayerCache
 from kvbudget.segments.base import Segment
-from kvbudget.segments.joint import FaceSegment
+from kvbudget.segments.joint import FaceSegment, JointSegment
 
 
 class Juror(LayerCache):
     """One of the layers whose entries the first of them, the ``owner``, holds coded together.
 
-    It holds the same entries as the owner, as states and statistics of its own, and no keys and values. The owner answers its
-    queries.
+    It holds the same entries as the owner, with states and statistics of its own and the owner's keys and values, and whatever a
+    destination makes of what leaves it.
     """
 
     def __init__(self, layer_idx: int, owner: LayerCache, **options: Any) -> None:
@@ -29,12 +27,13 @@ class Juror(LayerCache):
         other.owner, other.make_segment = owner, other._make
         for segment in other.main:
             assert isinstance(segment, FaceSegment)
-            segment.restore = other._restore
+            segment.whole = other._whole
         return other
 
     def _make(self, num_rows: int) -> Segment:
-        return FaceSegment(num_rows, self._restore)
+        return FaceSegment(num_rows, self._whole, self.together.index(self.layer_idx))
 
-    def _restore(self) -> tuple[Tensor, Tensor]:
+    def _whole(self) -> JointSegment:
         (segment,) = self.owner.main
-        return segment.restored(self.together.index(self.layer_idx))  # type: ignore[attr-defined]
+        assert isinstance(segment, JointSegment)
+        return segment

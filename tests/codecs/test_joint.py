@@ -181,9 +181,17 @@ CHOOSING = (
     "snapkv(window=8)+scope(recent=8)",
     "laq(first=8)",
     "kvzip(uniform=True)",
-    "finch(positions='original', window=8)",
+    "finch(window=8)",
     "streaming_llm+kcache(top=16)",
+    "streaming_llm(positions='cache')",
     "pyramidinfer(window=8)",
+    "kvzip(chunk=32, instruction_ids=(1, 2))",
+    "snapkv(window=8)+adakv+pyramidkv",
+    "mikv",
+    "d2o",
+    "cam",
+    "elastic_cache",
+    "lattice(slots=8)",
 )
 
 
@@ -198,7 +206,7 @@ def answered(model, policy: str) -> tuple[KVCache, Tensor]:
 
 
 @pytest.mark.parametrize("policy", CHOOSING)
-def test_entries_are_chosen_in_any_way_that_is_the_same_for_all_heads(policy, tmp_path, monkeypatch):
+def test_methods_choose_and_merge_as_without_codes_and_the_same_for_all_heads(policy, tmp_path, monkeypatch):
     """One head whose window holds everything is the plain cache; where there are more and codes, all hold the same tokens."""
     monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
     one, more = (tiny_model("llama", num_attention_heads=n, num_key_value_heads=n) for n in (1, 2))
@@ -209,8 +217,9 @@ def test_entries_are_chosen_in_any_way_that_is_the_same_for_all_heads(policy, tm
     cache, logits = answered(more, f"{policy}+xquant(group=16)")
     assert bool(logits.isfinite().all())
     for layer in cache.enforcer.layers:
-        (segment,) = layer.main
-        assert segment.cells.total and torch.equal(*segment.positions()) and segment.longest <= 48
+        assert all(torch.equal(*segment.positions()) for segment in layer.main)
+    assert cache.enforcer.layers[0].main[-1].cells.total
+    assert sum(layer.longest for layer in cache.enforcer.layers) <= 2 * 48
 
 
 def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
@@ -220,7 +229,7 @@ def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
     calibrate("xquant_cl", model)
     for policy, why in (
         ("streaming_llm(positions='cache')+pyramidkv+xquant_cl", "nothing to vote on"),
-        ("d2o+xquant_cl", "held for all layers at once"),
+        ("pyramidinfer+xquant_cl", "shared layers"),
         ("knorm+kivi+xquant", "use one of the codecs"),
     ):
         with pytest.raises(PolicyError, match=why):

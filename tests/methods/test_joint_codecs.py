@@ -243,6 +243,19 @@ def test_a_vote_is_the_share_of_its_entries_at_which_a_head_would_let_one_go():
         assert found[b, 0, free].tolist() == pytest.approx([wanted[t] for t in free])
 
 
+@pytest.mark.parametrize("codec", ["xquant_cl", "aquakv"])
+@pytest.mark.parametrize("destination", ["mikv", "d2o", "cam", "lattice(slots=8)", "transformer_vq(codes=8)"])
+def test_destinations_take_what_leaves_each_of_the_layers_that_are_coded_together(destination, codec):
+    """Where all layers keep the same tokens by themselves, and nothing is coded yet, it is the method without the codec."""
+    model, ids = fitted(tiny_model("llama")), random_text(110)
+    found = []
+    for policy in (f"streaming_llm+{destination}", f"streaming_llm+{destination}+{codec}"):
+        cache = KVCache(model, policy, 40)
+        found.append(feed(model, cache, ids, [60, 38] + [1] * 12))
+        assert cache.enforcer.evictions > 1
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
 NEVER = {
     "chai": "heads that share keys",
     "kv_heads": "mixtures of the model's",
@@ -261,7 +274,7 @@ TAKERS = (
     "razor_attention",
     "transformer_vq",
 )
-STACKED = NEVER | READERS | dict.fromkeys(TAKERS, "held for all layers") | {"pyramidinfer": "layers above"}
+STACKED = NEVER | READERS | {"pyramidinfer": "layers above"}
 WHOLE = ("duo_attention", "razor_attention")
 """Every layer of the model has a head that keeps everything."""
 OWN = {

@@ -88,38 +88,39 @@ def replay(recording: Recording, cache: KVCache, observed: Observed | None = Non
     cache.enforcer.check(1)
     cache.enforcer.admit([new])
     for index, layer in enumerate(cache.layers):
-        if not layer.owns:
+        own = layer.own
+        if own is None:
             layer.columns = new
             continue
         call, begin = recording.calls[index], time.perf_counter()
         known = None if observed is None else observed.layers.get(index)
         if known is None:
-            held = (index, *layer.readers) if cache._merges else (index,)
+            held = (index, *layer.readers) if cache._merges and layer.owns else (index,)
             calls = [recording.calls[i] for i in held]
             key, value = (torch.cat([getattr(each, name) for each in calls], dim=-1) for name in ("key", "value"))
-            layer.store.append(key, value, None)
+            own.append(key, value, None)
             layer.columns = new
         else:
-            adopt(cache, index, known)
-        spare = 0 if observed is None or known is None else observed.sizes[index] - layer.store.nbytes()
+            own = adopt(cache, index, known)
+        spare = 0 if observed is None or known is None else observed.sizes[index] - own.nbytes()
         cache.peak_bytes = max(cache.peak_bytes, cache.nbytes + spare)
         if index in cache._at:
-            view = View(layer.store, Queries(call.query, recording.lse[index], call.scale, call.softcap))
+            view = View(own, Queries(call.query, recording.lse[index], call.scale, call.softcap))
             if known is None:
-                size = layer.store.nbytes()
+                size = own.nbytes()
                 cache.enforcer.observe(cache._at[index], view)
                 if observed is not None:
                     observed.sizes[index] = size
-                    observed.layers[index] = layer.store.fork()
+                    observed.layers[index] = own.fork()
                     observed.seconds += time.perf_counter() - begin
             cache.enforcer.act(cache._at[index], view)
         else:
-            layer.store.finish_forward()
+            own.finish_forward()
     cache.enforcer.filled = True
     return cache
 
 
-def adopt(cache: KVCache, index: int, store: LayerCache) -> None:
+def adopt(cache: KVCache, index: int, store: LayerCache) -> LayerCache:
     """Lets layer ``index`` of a cache begin from a fork of what another cache of the same policy holds there."""
     layer = cache.layers[index]
     twin = store.fork()
@@ -127,3 +128,4 @@ def adopt(cache: KVCache, index: int, store: LayerCache) -> None:
     layer.store, layer.columns = twin, twin.seen[0]
     if index in cache._at:
         cache.enforcer.layers[cache._at[index]] = twin
+    return twin

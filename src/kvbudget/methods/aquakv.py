@@ -20,10 +20,10 @@ class AquaKV(Recipe):
     per layer to keys (before RoPE) and values as they are restored, all heads of a token side by side. The residual goes
     through a Hadamard matrix and a fixed grid for two normal numbers (HIGGS, in groups of at most 1024 channels; the
     paper's grids of 4 and 6 channels are left out). Layers are restored one after the other, so all of them hold the same
-    entries, judged by the lowest layer's queries under an evicting method, and a forward's keys and values of all layers
-    are coded after it. Allocators over layers or heads, thinned layers, selectors, mergers and moved positions, which would
-    part them, are refused. True bits per element: ``bits`` (``first_bits`` in the lowest layer) and 16 per group. Claim: under
-    1% of perplexity at 2 to 2.5 bits.
+    entries, on which they vote under an evicting method (own choice), each by its own queries and with the share that an
+    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers and
+    selectors, which would part the layers, are refused. True bits per element: ``bits`` (``first_bits`` in the lowest
+    layer) and 16 per group. Claim: under 1% of perplexity at 2 to 2.5 bits.
 
     Attributes:
         bits: of the residuals (2, 3 or 4).

@@ -25,8 +25,8 @@ class XQuant(Recipe):
     it would be wider: by the singular value decomposition of each projection, latents as wide as keys and values take its
     place, those of keys coded per channel and ``group`` tokens. True bits per element of keys and values: ``bits + 32 /
     group``, half of it where X itself is held. The full-precision window is unverified. All heads hold the same entries, so
-    scores are averaged over them, under plans, stages and second looks too; allocators over heads, which would have nothing
-    to share out, mergers, which would write into keys that are not held, and moved positions are refused; so
+    scores are averaged over them, under plans, stages and second looks too; with an allocator over heads, they vote with what it
+    gives each. Mergers write into the full-precision window alone. A second codec is refused, and so
     are models that normalize keys after their projection. Claim: 7.7x less memory at under 0.1 perplexity.
 
     Attributes:
@@ -72,10 +72,11 @@ class XQuantCL(XQuant):
     of a layer's key and value projections and turned back into the sum (the paper's form is unverified); inputs are divided
     by the weights of the norm before the projections, which differ from layer to layer (own choice). ``kvbudget calibrate
     xquant_cl --model M`` finds the maps from the weights. Layers are restored one after the other, so all of them hold the
-    same entries, judged by the lowest layer's queries under an evicting method, and a forward's keys and values of all
-    layers are coded after it. Allocators over layers, thinned layers and selectors, which would part the layers, are
-    refused. True bits per element of keys and values: ``bits + 32 / group`` (4 bits in the first layers), half of it
-    where X itself is narrower than keys and values. Claim: 10x less memory at 0.01 perplexity, 12.5x at 0.1.
+    same entries, on which they vote under an evicting method (own choice), each by its own queries and with the share that an
+    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers and
+    selectors, which would part the layers, are refused. True bits per element of keys and values: ``bits + 32 /
+    group`` (4 bits in the first layers), half of it where X itself is narrower than keys and values. Claim: 10x less memory at 0.01
+    perplexity, 12.5x at 0.1.
 
     Attributes:
         bits: of the differences (1, 2, 3, 4 or 8; paper: 3 or 2).

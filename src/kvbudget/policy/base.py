@@ -207,7 +207,8 @@ class Parts:
         """Whether all layers vote, each by its own queries, on what is coded for all of them."""
         if self.scorer is None or self.sharing is None or not self.sharing.stacked:
             return False
-        return self.heads is not None or self.layers is not None or not self.scorer.by_position
+        others = (self.heads, self.layers, self.destination)
+        return any(part is not None for part in others) or not self.scorer.by_position
 
     @property
     def moves(self) -> tuple[str, ...]:

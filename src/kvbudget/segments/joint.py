@@ -124,12 +124,11 @@ class JointSegment(RestoredSegment):
         found, self._last = super().values(), None
         return found
 
-    def writable(self, row: int) -> tuple[Tensor, Tensor]:
-        """The row's tail, where it is that of a single layer."""
-        if len(self.group.layers) > 1:
-            return super().writable(row)
+    def writable(self, row: int, face: int = 0) -> tuple[Tensor, Tensor]:
+        """As of any segment: the row's tail, of one of the layers."""
         self.tail.own("key"), self.tail.own("value")
-        return self.tail.row("key", row), self.tail.row("value", row)
+        key, value = (self.tail.row(name, row).chunk(len(self.group.layers), -1)[face] for name in ("key", "value"))
+        return key, value
 
     def move(self, row: int, delta: Tensor, rotation: RotatesKeys) -> None:
         """As of any segment; coded keys, which are turned where they are read, are turned by so much more."""
@@ -248,13 +247,16 @@ class JointSegment(RestoredSegment):
 
 
 class FaceSegment(RestoredSegment):
-    """The entries of a `JointSegment` as one of its layers judges them: states of its own, keys and values by ``restore``."""
+    """The entries of a `JointSegment` as those of its layer number ``face``, with states of its own."""
 
-    def __init__(self, num_rows: int, restore: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.meta, self.restore = RaggedTable(num_rows), restore
+    def __init__(self, num_rows: int, whole: Callable[[], JointSegment], face: int) -> None:
+        self.meta, self.whole, self.face = RaggedTable(num_rows), whole, face
 
     def restored(self, face: int) -> tuple[Tensor, Tensor]:
-        return self.restore()
+        return self.whole().restored(self.face)
+
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.whole().writable(row, self.face)
 
     def append(self, key: Tensor, value: Tensor, meta: Mapping[str, Tensor], counts: Sequence[int]) -> None:
         self.meta.append(meta, counts)

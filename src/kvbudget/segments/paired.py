@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvbudget.errors import PolicyError
 from kvbudget.segments.base import Segment
 from kvbudget.segments.ragged import RaggedTable
 from kvbudget.segments.restored import RestoredSegment
@@ -72,6 +73,9 @@ class PairedSegment(RestoredSegment):
 
     def values(self) -> Tensor:
         return self._restored("value", 0)
+
+    def writable(self, row: int) -> tuple[Tensor, Tensor]:
+        raise PolicyError("entries that several layers or heads hold together cannot be written in place")
 
     def take(self, keep: Tensor, spare: int = 0) -> None:
         kept = []

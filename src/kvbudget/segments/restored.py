@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kvbudget import kernels
-from kvbudget.errors import PolicyError
 from kvbudget.kernels.operands import DenseOperand
 from kvbudget.kernels.reference import Partial
 from kvbudget.segments.base import AttendContext, Segment
@@ -39,9 +38,6 @@ class RestoredSegment(Segment):
 
     def values(self) -> Tensor:
         return self.restored(0)[1]
-
-    def writable(self, row: int) -> tuple[Tensor, Tensor]:
-        raise PolicyError("entries that several layers or heads hold together cannot be written in place")
 
     def _starts(self) -> Sequence[int]:
         return [row * self.longest for row in range(self.num_rows)]
