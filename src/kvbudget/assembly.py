@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kvbudget.budget import Budget
@@ -138,7 +139,8 @@ def budgeted_layer(
     if sharing is not None and sharing.merges:
         layers = sharing.together(geometry, index)
         rotations = tuple(rotation_of(model, i) for i in layers) if sharing.aligned else ()
-        if parts.position_mode == "cache" and any(repr(r) != repr(rotation) for r in rotations):
+        turns = None if rotation is None or parts.position_mode != "cache" else rotation.inv_freq
+        if turns is not None and not all(torch.equal(turns, other.inv_freq) for other in rotations):
             raise PolicyError(
                 "the layers of this model turn their keys differently, so positions inside the cache are not the same in all "
                 'that are coded together; use positions="original"'

@@ -274,9 +274,9 @@ class Shares:
         """KV heads of each layer that do not keep everything; of those that are coded together, none where one of them does."""
         allocator, found = self.parts.heads, []
         for layer in self.layers:
-            heads = range(layer.num_kv_heads)
-            pinned = {h for i in layer.together for h in heads if allocator is not None and h in allocator.pinned(i)}
-            found.append([h for h in heads if not (pinned if self.parts.votes else h in pinned)])
+            heads, layers = range(layer.num_kv_heads), layer.together if self.parts.votes else (layer.layer_idx,)
+            pinned = [h for h in heads if allocator is not None and any(h in allocator.pinned(i) for i in layers)]
+            found.append([h for h in heads if h not in pinned] if not (pinned and self.parts.votes) else [])
         return found
 
     @cached_property

@@ -235,3 +235,7 @@ def test_what_they_cannot_do_is_refused(tmp_path, monkeypatch):
         with pytest.raises(PolicyError, match=why):
             KVCache(model, policy, 200)
     assert KVCache(model, "knorm+pyramidkv+xquant", 200).enforcer.layers
+    without = tiny_model("smollm3")
+    calibrate("xquant_cl", without)
+    with pytest.raises(PolicyError, match="turn their keys differently"):
+        KVCache(without, "streaming_llm(positions='cache')+xquant_cl", 200)
