@@ -72,9 +72,8 @@ ARTIFACTS: dict[str, dict[str, Tensor]] = {
 CODECS = [name for name, kind in registry().items() if kind.role == "codec"]
 FREE = [name for name in CODECS if "calibration" not in registry()[name].needs]
 CALIBRATED = ["kvquant", "commvq", "csr", "cq"]
-# By turns, since any codec goes with any of them; what heads hold together has no allocator over heads.
+# By turns, since any codec goes with any of them.
 EVICTIONS = ["snapkv(window=8)", "h2o", "snapkv(window=8)+adakv", "tova", "streaming_llm(positions='cache')"]
-TOGETHER = ("xquant", "xquant_cl", "aquakv")
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +157,7 @@ def test_calibrated_codes_are_deterministic_finite_and_of_their_size(name, width
 
 
 @pytest.mark.parametrize(
-    ("name", "eviction"), [(n, EVICTIONS[i % 2 if n in TOGETHER else i % 5]) for i, n in enumerate(CODECS)]
+    ("name", "eviction"), [(n, EVICTIONS[i % 5]) for i, n in enumerate(CODECS)] + [("xquant", EVICTIONS[2])]
 )
 def test_padded_rows_equal_their_single_runs_inside_the_bytes(name, eviction):
     """Some units are sealed before anything has been evicted."""
