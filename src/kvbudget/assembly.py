@@ -54,7 +54,7 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
     if shares and parts.selector is not None:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use shared layers or the selector")
     if parts.sharing is not None and parts.sharing.merges:
-        check_merged(policy, parts, shares)
+        check_merged(policy, parts)
     if isinstance(parts.projection, HeadClusters):
         others = (
             parts.layers,
@@ -78,14 +78,14 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
                 f"{policy}: the heads that are held are mixtures of the model's, so what turns keys, or was fitted to the "
                 "model's own heads, does not go with them; use another scorer, with original positions"
             )
-    if parts.thinning and (shares or parts.projection is not None):
-        raise PolicyError(
-            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
-        )
-    if parts.thinning and len(geometry.budgeted_layers) < geometry.num_layers:
+    if parts.thinning and any(layer.kind not in ("full", "shared") for layer in geometry.layers):
         raise PolicyError(
             f"{policy} leaves tokens out of the layers above, which layers with sliding windows or recurrent states need; "
             "use another method, such as pyramidkv"
+        )
+    if parts.thinning and (shares or parts.projection is not None):
+        raise PolicyError(
+            f"{policy} leaves tokens out of the layers above; use it without shared layers and projected heads"
         )
     bounded = parts.plan is not None or parts.threshold is not None
     bounded = bounded or (parts.heads is not None and parts.heads.bounded)
@@ -93,8 +93,8 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
         raise BudgetError(f"{policy} needs a budget: bytes ('16MiB'), tokens (1024) or a fraction ('25%')")
 
 
-def check_merged(policy: Policy, parts: Parts, shares: bool) -> None:
-    """Refuses what heads or layers that hold their entries together cannot do; ``shares`` says that layers do."""
+def check_merged(policy: Policy, parts: Parts) -> None:
+    """Refuses what heads or layers that hold their entries together cannot do."""
     assert parts.sharing is not None
     others = parts.destination is not None or parts.codec is not None
     if not parts.sharing.aligned:
