@@ -207,6 +207,10 @@ def test_bad_arguments_are_refused():
         cache.prefill(model, ids[:, :0])
     with pytest.raises(KVBudgetError, match="hold no text"):
         cache.prefill(model, ids[0])
+    with pytest.raises(KVBudgetError, match="token id 128 is none of the model's, which run from 0 to 127"):
+        cache.prefill(model, torch.full_like(ids, 128))
+    with pytest.raises(KVBudgetError, match="token id 500"):
+        KVCache(model, "kvzip(instruction_ids=(500,))", 10).prefill(model, ids)
     with pytest.raises(PolicyError, match="no way to execute"):
         run(Plan(), None)
     assert cache.prefilled is None and cache.get_seq_length() == 0

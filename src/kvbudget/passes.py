@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvbudget.layer import AttentionCall
+from kvbudget.models import CacheGeometry
 from kvbudget.policy.base import Span
 from kvbudget.policy.plans import Lookahead
 from kvbudget.policy.view import Queries, View
@@ -151,8 +152,8 @@ class Prefill:
     def draft(self, logits: Tensor, plan: Lookahead) -> dict[int, Queries]:
         """Decodes greedily from ``logits [B, V]`` on a copy of the cache that the plan compresses; its queries by layer.
 
-        Empty where every sequence ends with the first token. Queries ``[B, Hq, n, D]`` carry no lse: they are for a softmax
-        over held entries alone.
+        Empty where every sequence ends with the first token, or the model's positions with the prompt. Queries ``[B, Hq, n, D]``
+        carry no lse: they are for a softmax over held entries alone.
         """
         copied = self.cache.fork()
         copied.parts = replace(self.cache.parts, scorer=plan.draft, protect=plan.protect, plan=None)
@@ -164,7 +165,9 @@ class Prefill:
         going = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         found: dict[int, list[Queries]] = {}
         valid = []
-        for _ in range(plan.tokens):
+        positions = CacheGeometry.from_config(self.model.config).max_positions
+        tokens = plan.tokens if positions is None else min(plan.tokens, max(0, positions - copied.get_seq_length()))
+        for _ in range(tokens):
             token = logits.argmax(-1)
             going = going & ~torch.isin(token, stop)
             if not bool(going.any()):

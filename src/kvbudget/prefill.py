@@ -105,6 +105,7 @@ def prefill(
     if chunk_size is not None and chunk_size < 1:
         raise PolicyError(f"chunk_size={chunk_size} must be at least 1")
     ids, mask = _checked(cache, input_ids, attention_mask)
+    _check_vocabulary(model, input_ids, question_ids, torch.tensor(getattr(plan, "instruction_ids", ())))
     job = Prefill(cache, model, ids, mask, question_ids, chunk_size, tokenizer, progress)
     if cache.parts.uses_marks and tokenizer is not None:
         cache.mark(ids, mask, tokenizer)
@@ -117,6 +118,17 @@ def prefill(
         cache.enforcer.declared = None
         if not cache.get_seq_length():
             cache.prefilled = before
+
+
+def _check_vocabulary(model: PreTrainedModel, *texts: Tensor | None) -> None:
+    """Refuses token ids that the model has no embedding for."""
+    count = model.get_input_embeddings().weight.shape[0]
+    for ids in texts:
+        if ids is not None and ids.numel() and bool(((ids < 0) | (ids >= count)).any()):
+            worst = int(ids.max()) if int(ids.max()) >= count else int(ids.min())
+            raise KVBudgetError(
+                f"token id {worst} is none of the model's, which run from 0 to {count - 1}; encode the text again"
+            )
 
 
 def _checked(cache: KVCache, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

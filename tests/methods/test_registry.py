@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.errors import BudgetError, PolicyError
+from kvbudget.errors import BudgetError, KVBudgetError, PolicyError
 from kvbudget.methods import parse, registry
+from kvbudget.policy.policy import MOST, Policy, build
 from residency import model_tensors, resident_bytes, resident_tensors
 from tiny import left_padded, random_text, tiny_model
 
@@ -172,6 +173,26 @@ def test_tiny_budgets_are_kept_or_refused(name):
             continue
         kept.append(budget)
     assert "100B" not in kept and 48 in kept
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_largest_numbers_are_refused_in_one_line_or_work(name):
+    """What is counted against a text may be larger than any text; nothing is made room for before it is needed."""
+    model, ids = tiny_model("llama"), random_text(90)
+    for key, default in registry()[name].parameters().items():
+        if isinstance(default, (bool, str)):
+            continue
+        value = (MOST,) if isinstance(default, tuple) else MOST
+        try:
+            evicts = parse(SMALL.get(name, name)).parts().scorer is not None
+            recipe = build(registry(), name, {key: value})
+            cache = KVCache(model, Policy((*(() if evicts else parse("tova").recipes), recipe)), 64)
+            with torch.inference_mode():
+                for chunk in (*ids[:, :80].split(40, 1), *ids[:, 80:].split(1, 1)):
+                    assert bool(model(chunk, past_key_values=cache).logits.isfinite().all())
+            cache.check_integrity()
+        except KVBudgetError as error:
+            assert "\n" not in str(error), error
 
 
 @pytest.mark.parametrize("name", [name for name in EVICTING if parse(SMALL.get(name, name)).prefix_reusable])

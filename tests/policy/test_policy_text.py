@@ -1,6 +1,7 @@
 """A policy is a value: it prints as one line, parses back, goes through YAML, compares, hashes and refuses nonsense."""
 
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -148,6 +149,7 @@ def test_parts_compare_like_the_text() -> None:
         ("snapkv(window={1: 2})", r"snapkv: window=\{1: 2\} must be a number, a word"),
         ("snapkv(window=1+1j)", r"snapkv: window=\(1\+1j\) must be a number, a word"),
         ("snapkv(window=0)", r"window=0 leaves no query that could judge entries; give at least 1"),
+        ("fair(cuts=(1.5,))", r"fair: cuts=\(1.5,\) must be a list of whole numbers"),
         ("kivi(group=0)", r"a group of 0 entries holds nothing to quantize"),
         ("snapkv(window={})", r"snapkv: window=\{\} must be a number, a word"),
         ("pyramidkv(beta=0.5)", r"beta=0.5 must be at least 1"),
@@ -160,6 +162,18 @@ def test_parts_compare_like_the_text() -> None:
 def test_nonsense_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         parse(text)
+
+
+@ALL
+def test_numbers_out_of_range_are_refused_by_name(kind: type[Recipe]) -> None:
+    numbers = [key for key, default in kind.parameters().items() if not isinstance(default, (bool, str))]
+    for key, value in product(numbers, (-1, float("nan"), float("inf"), 2**31, 10**400)):
+        given = (value,) if isinstance(kind.parameters()[key], tuple) else value
+        with pytest.raises(PolicyError) as error:
+            build(METHODS, kind.name, {key: given})
+        text = str(error.value)
+        assert text.startswith(f"{kind.name}: {key}={given!r}") and "\n" not in text
+        assert "a number from 0 on" in text or "give at most 2147483647" in text
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ class SubspaceQuant(ChannelQuant):
     Minimizes ``|d|^2 + weight |Q d|^2`` over the error d of a key, block by block of ``block`` channels (0: half a head): with
     ``P = (I + weight Q^T Q)^-1`` the channels that are not yet coded get ``P[rest, lead] P[lead, lead]^-1`` times the error so
     far, of which only the newest block's is not zero. ``Q [r, D]``, the state of a row, are the ``rank`` leading right singular
-    vectors of the queries that see the row's first coded entries, times their singular values; zeros where there are none,
-    which leaves plain codes.
+    vectors (D at most) of the queries that see the row's first coded entries, times their singular values; zeros where there
+    are none, which leaves plain codes.
     """
 
     placed: ClassVar[bool] = True
@@ -35,13 +35,13 @@ class SubspaceQuant(ChannelQuant):
 
     def start(self, x: Tensor, row: int, asked: Asked | None) -> dict[str, Tensor]:
         width = x.shape[-1]
-        found = x.new_zeros(self.rank, width, dtype=torch.float32)
-        if asked is not None:
+        count = min(self.rank, width)
+        found = x.new_zeros(count, width, dtype=torch.float32)
+        if asked is not None and count:
             query = asked.query[row][:, asked.steps[row] >= 0].flatten(0, 1).double()
             values, vectors = torch.linalg.eigh(query.T @ query)
-            count = min(self.rank, width)
             leading = vectors.T[-count:] * values[-count:].clamp_min(0).sqrt()[:, None]
-            found[:count] = leading.clamp(-6e4, 6e4).float()
+            found = leading.clamp(-6e4, 6e4).float()
         return {"subspace": found.half()}
 
     def encode(self, x: Tensor, place: Place | None = None) -> dict[str, Tensor]:
@@ -65,4 +65,4 @@ class SubspaceQuant(ChannelQuant):
         return {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
 
     def state_bytes(self, width: int) -> float:
-        return 2 * self.rank * width
+        return 2 * min(self.rank, width) * width

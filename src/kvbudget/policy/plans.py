@@ -80,7 +80,7 @@ class Lookahead(Plan):
     Nothing of the draft stays: neither tokens nor entries.
 
     Attributes:
-        tokens: of the draft; it ends earlier where every sequence is complete.
+        tokens: of the draft; it ends earlier where every sequence is complete, or where the model's positions end.
         draft: what compresses the copy, to the same budget; it reads the states of the policy's scorer.
         protect: what stays in the copy whatever it scores.
     """

@@ -25,6 +25,8 @@ ELSEWHERE = {
     "kvtc": "it codes saved caches, and is no policy of one; call cache.save(path, codec='kvtc')",
 }
 """Published methods that are not policies, and what to do instead."""
+MOST = 2**31 - 1
+"""The largest number that a parameter may be, since entries, channels and tokens are counted in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]
 
     Raises:
         PolicyError: for a name that the recipe does not have, a value of another type, a word that is none of its
-            choices, and numbers that are negative or not finite.
+            choices, and numbers that are negative, not finite or above `MOST`.
     """
     declared = kind.parameters()
     values = {}
@@ -190,6 +192,8 @@ def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]
             raise PolicyError(
                 f"{kind.name}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
             )
+        if get_type_hints(kind).get(key) == tuple[int, ...] and not all(type(item) is int for item in value):
+            raise PolicyError(f"{kind.name}: {key}={value!r} must be a list of whole numbers")
         choices = _choices(kind).get(key)
         if choices is not None and value not in choices:
             raise PolicyError(f"{kind.name}: {key}={value!r} is not one of its values{nearest(str(value), choices)}")
@@ -257,6 +261,8 @@ def _hashable(value: Any, what: str) -> Any:
         return tuple(_hashable(item, what) for item in value)
     if isinstance(value, (int, float)) and not 0 <= value < math.inf:
         raise PolicyError(f"{what} must be a number from 0 on")
+    if isinstance(value, (int, float)) and value > MOST:
+        raise PolicyError(f"{what} is more than can be counted; give at most {MOST}")
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise PolicyError(f"{what} must be a number, a word, True, False or a list of these")
     return value

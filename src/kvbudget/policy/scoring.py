@@ -29,6 +29,8 @@ def pool(scores: Tensor, kernel: int, how: Pooling = "avg") -> Tensor:
         return scores
     flat = scores.reshape(-1, 1, scores.shape[-1])
     operation = torch.nn.functional.avg_pool1d if how == "avg" else torch.nn.functional.max_pool1d
+    if how == "max":
+        kernel = min(kernel, 2 * scores.shape[-1] + 1)  # which sees all
     pooled = operation(flat, kernel, stride=1, padding=kernel // 2)
     return pooled[..., : scores.shape[-1]].reshape(scores.shape)
 

@@ -163,7 +163,7 @@ class JointSegment(RestoredSegment):
         if self.first.columns:
             self.first.take(first)
         if tail.sum() < self.tail.total:
-            self.tail.take(tail, max(0, self.codec.longest_tail - int(tail.sum(1).max())))
+            self.tail.take(tail, max(0, min(self.codec.longest_tail - int(tail.sum(1).max()), self.tail.step)))
 
     def truncate(self, lengths: Sequence[int]) -> None:
         self._last = None

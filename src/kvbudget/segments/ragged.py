@@ -12,6 +12,8 @@ from kvbudget.kernels import Layout
 
 # Up to this many appended cells, Python's own loops beat one call into torch per row.
 FEW_CELLS = 256
+MOST_STEP = 256
+"""The most entries of a row that room is made for ahead of need where it is short, however long it may become."""
 
 
 def ranges(
@@ -78,7 +80,7 @@ class RaggedTable:
         self.columns = Columns()
         self.borrowed: set[str] = set()
         self.limits: list[int] | None = None
-        self.step = step
+        self.step = min(step, MOST_STEP)
 
     @classmethod
     def of(cls, columns: Mapping[str, Tensor], counts: Sequence[int]) -> "RaggedTable":

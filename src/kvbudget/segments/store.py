@@ -163,7 +163,8 @@ class CodecStore:
             self.first.take(keep, 0, [0] * len(first))
         counts = kernels.count_kept(keep, self.tail.lengths, coded)
         if sum(counts) < self.tail.total:
-            self.tail.take(keep, max(0, codec.longest_tail - max(counts)) if codec.residual else 0, coded)
+            room = max(0, min(codec.longest_tail - max(counts), self.tail.step)) if codec.residual else 0
+            self.tail.take(keep, room, coded)
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""
