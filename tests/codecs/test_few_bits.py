@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_registered import lowered
 
 from kvbudget.codecs.base import Asked, Codec, alone
 from kvbudget.codecs.integer import ChannelQuant
@@ -14,6 +15,12 @@ from kvbudget.methods import parse
 def decoded(codec: Codec, x: torch.Tensor, asked: Asked | None = None) -> torch.Tensor:
     place = alone(codec, x, asked)
     return codec.decode(codec.encode(x, place), place)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Of the softmax over the last dimension, in nats."""
+    weights = logits.softmax(-1)
+    return -torch.special.xlogy(weights, weights).sum(-1)
 
 
 def queries(width: int, directions: int) -> Asked:
@@ -91,6 +98,16 @@ def test_hard_channels_get_the_second_bit():
 def test_shrunken_ranges_suit_one_bit(shrink, expected):
     x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
     assert float((decoded(SpanQuant(shrink=shrink), x) - x).square().mean()) == pytest.approx(expected, rel=0.08)
+
+
+@pytest.mark.parametrize(("bits", "shrink"), [(1, 0.5), (2, 1.0)])
+def test_few_bits_peak_the_softmax_and_calibrated_logits_flatten_it_again(bits, shrink):
+    """Levels that lie further out than the keys stretch the logits (CalibQuant, arXiv 2502.14882): entropy in nats."""
+    generator = torch.Generator().manual_seed(0)
+    keys, query = torch.randn(1024, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    exact, coded = (query @ x.T / 8 for x in (keys, decoded(SpanQuant(bits=bits, shrink=shrink), keys)))
+    plain, peaked, calibrated = (entropy(logits).mean() for logits in (exact, coded, lowered(coded, 3.0)))
+    assert peaked < plain - 0.15 and calibrated > peaked + 0.3
 
 
 def test_channels_far_from_zero_shrink_toward_their_middle():
