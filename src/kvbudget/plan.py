@@ -110,7 +110,7 @@ def plan(
     if policy == "auto":
         raise PolicyError("policy auto chooses for a prompt; plan with an evicting method, such as snapkv")
     chosen = parse(policy)
-    if "calibration" in chosen.needs:
+    if any(recipe.calibrated for recipe in chosen.recipes):
         raise PolicyError(f"what {chosen} keeps depends on a calibration of the model; plan with another method")
     full_bytes = batch * geometry.cache_bytes(context, dtype.itemsize)
     geometry = laid_out(geometry, chosen.parts())

@@ -15,6 +15,7 @@ from kvbudget.cache import KVCache
 from kvbudget.codecs.base import Codec, alone
 from kvbudget.codecs.commuting import laid_out, stages_of
 from kvbudget.codecs.span import SpanQuant
+from kvbudget.errors import PolicyError
 from kvbudget.eval.rate import declared
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint
@@ -45,6 +46,14 @@ SMALL = {
     "xquant_cl": "xquant_cl(group=16, first=1)",
     "aquakv": "aquakv(residual=16)",
 }
+# Sides of two methods: units on one, states on both, calibrations, windows of different lengths.
+PAIRS = [
+    "kv_codecs(keys='kivi(group=16, residual=16)', values='turboquant(bits=2)')",
+    "kv_codecs(keys='commvq(residual=16)', values='nsnquant(chunk=16)')",
+    "kv_codecs(keys='squat(group=16, residual=16)', values='gear(group=16)')",
+    "kv_codecs(keys='hcattention(residual=16)', values='qaq(residual=16)')",
+    "kv_codecs(keys='visual_1bit(residual=8)', values='cq')",
+]
 SIDES = ("key", "value")
 # Artifacts by method, for the tiny Llama: 2 layers, 4 query heads over 2 KV heads, 16 elements.
 ARTIFACTS: dict[str, dict[str, Tensor]] = {
@@ -179,7 +188,7 @@ def test_padded_rows_equal_their_single_runs_inside_the_bytes(name, eviction):
         torch.testing.assert_close(logits[b : b + 1, mask[b].bool()], expected, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if parse(name).parts().scorer is None])
+@pytest.mark.parametrize("name", [name for name in (*CODECS, *PAIRS) if parse(name).parts().scorer is None])
 def test_attention_over_codes_is_that_over_decoded_entries(name):
     """Chunks, small blocks and single steps, forks included, against the segment's own decoded keys and values."""
     model, ids = tiny_model("llama"), random_text(170)
@@ -201,6 +210,48 @@ def test_attention_over_codes_is_that_over_decoded_entries(name):
         torch.testing.assert_close(part.out, weights @ values, atol=1e-4, rtol=1e-4)
     one, other = (feed(model, c, ids[:, 160:], [1] * 10) for c in (cache, fork))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "eviction"), zip(PAIRS, EVICTIONS, strict=True))
+def test_padded_rows_of_two_codecs_equal_their_single_runs(name, eviction):
+    test_padded_rows_equal_their_single_runs_inside_the_bytes(name, eviction)
+
+
+def test_each_side_is_that_of_its_own_method():
+    """In the first layer, whose keys and values no codec has touched."""
+    model, ids = tiny_model("llama"), random_text(100)
+    stored = {}
+    for policy in ("kivi(group=16, residual=16)", "commvq(residual=16)", "csr(residual=8)"):
+        for name in (
+            policy,
+            f"kv_codecs(keys={policy!r}, values='bf16')",
+            f"kv_codecs(keys='bf16', values={policy!r})",
+        ):
+            cache = KVCache(model, name)
+            feed(model, cache, ids, [60, 40])
+            stored[name] = cache.enforcer.layers[0].main[0]
+        own, keys, values = stored.values()
+        assert torch.equal(keys.keys(), own.keys()) and torch.equal(values.values(), own.values())
+        stored.clear()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("kv_codecs(keys=xquant)", "xquant does not code keys and values of a KV head by themselves"),
+        ("kv_codecs(values=snapkv)", "snapkv does not code"),
+        (
+            "kv_codecs(keys='nsnquant(chunk=48)', values=vidkv)",
+            "48 at a time and vidkv values 32 at a time; give both the same",
+        ),
+        ("kv_codecs(keys=zipcache)", "keep different windows, where one of them codes by attention; give"),
+        ("kv_codecs(keys='kivi(bits=5)')", "bits=5 cannot be packed"),
+        ("gear(base='kv_codecs(keys=commvq)')", "no codec that can be corrected"),
+    ],
+)
+def test_sides_that_do_not_go_together_are_refused(policy, message):
+    with pytest.raises(PolicyError, match=message):
+        parse(policy)
 
 
 def lowered(logits: Tensor, by: float) -> Tensor:

@@ -51,6 +51,8 @@ FORMULAS = {
     "commvq(bits=1)": (136 / D + 16 / D, 1 + 16 / D, 128, 128),  # 11 codes of 12 bits in 17 bytes
     "csr(terms=2)": ((24 * 2 + 16) / D, (24 * 2 + 16) / D, 4 + 68, 4 + 68),
     "quantized_pruning(bits=4)": (4 + 32 / 64, 4 + 32 / 64, 32, 32),
+    "kv_codecs": (4 + 32 / 128, 3 + 16 / D, 4, 0),
+    "kv_codecs(keys='commvq(bits=1)', values='kivi(bits=2)')": (136 / D + 16 / D, 2 + 32 / 32, 128, 128),
 }
 
 

@@ -121,6 +121,11 @@ FITS: dict[str, dict[str, object]] = {
     "top_theta": {"k": 16, "first": 16},
     "compresskv": {"passage": 12, "cue": 4, "number": 1},
     "task_kv": {},
+    "kvquant": {"tokens": 32},
+    "cq": {"steps": 2},
+    "csr": {"atoms": 32, "steps": 2},
+    "commvq": {"steps": 2},
+    "aquakv": {},
 }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_raw import refuses_damage
 
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
@@ -118,3 +119,10 @@ def test_another_calibration_is_refused(model, tmp_path):
         KVCache.load(tmp_path / "kv", model, calibration=path)
     cache.save(tmp_path / "kv", "kvtc", recent=8, calibration=path)
     assert KVCache.load(tmp_path / "kv", model, calibration=path).seen == [150]
+
+
+def test_damaged_files_are_refused(model, tmp_path):
+    cache = KVCache(model, "full")
+    cache.prefill(model, random_text(150))
+    cache.save(tmp_path / "kv", "kvtc", recent=8)
+    refuses_damage(tmp_path / "kv", lambda: KVCache.load(tmp_path / "kv", model), 499)

@@ -1,6 +1,8 @@
 """Caches saved without loss: what is loaded goes on bit by bit, and damaged or foreign files are refused in one line."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,20 +91,25 @@ def saved(tmp_path):
 
 def test_any_flipped_byte_and_any_cut_is_refused(saved):
     model, path = saved
+    refuses_damage(path, lambda: KVCache.load(path, model), 997)
+
+
+def refuses_damage(path: Path, load: Callable[[], KVCache], step: int) -> None:
+    """Flips bytes, one at a time and every ``step``-th of them beyond the header, and cuts the file short and adds to it."""
     content = path.read_bytes()
-    places = [*range(0, 64, 3), *range(64, len(content), 997), len(content) - 1]
+    places = [*range(0, 64, 3), *range(64, len(content), step), len(content) - 1]
     for at in places:
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
         with pytest.raises(CacheError) as error:
-            KVCache.load(path, model)
+            load()
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     for length in (0, 5, 30, 70, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(CacheError, match=r"cut off|not a saved cache"):
-            KVCache.load(path, model)
+            load()
     path.write_bytes(content + b"x")
     with pytest.raises(CacheError, match="changed"):
-        KVCache.load(path, model)
+        load()
 
 
 def test_foreign_files_other_models_and_other_formats_are_refused(saved, monkeypatch):

@@ -72,7 +72,8 @@ class Gear(Recipe):
 
         policy = parse(self.base)
         codec = policy.parts().codec
-        if codec is None or "calibration" in policy.needs or any(side.variable or side.judges for side in codec):
+        fitted = any(recipe.calibrated for recipe in policy.recipes)
+        if codec is None or fitted or any(side.variable or side.judges for side in codec):
             raise PolicyError(
                 f"gear: base={self.base!r} is no codec that can be corrected; give one without a calibration and with codes of one "
                 "size, such as 'turboquant(bits=2)'"
