@@ -67,6 +67,16 @@ def test_seeing_the_question_beats_not_seeing_it(examples: list[Example]) -> Non
     assert compare(accuracy(examples, SNAPKV, "30%", visible=False), visible)[0] == "lower"
 
 
+@pytest.mark.parametrize(("scorer", "budget"), [(RANDOM, "6KiB"), (SNAPKV, "10KiB")])
+def test_more_entries_in_four_bits_recall_more_than_fewer_in_sixteen(examples, scorer, budget) -> None:
+    """At the same bytes, scales and positions counted (More Tokens, Lower Precision, arXiv 2412.12706)."""
+    more, fewer = (
+        accuracy(examples[:12], f"{scorer}+{codec}", budget, visible=False)
+        for codec in ("quantized_pruning(bits=4, residual=0)", "bf16")
+    )
+    assert compare(fewer, more)[0] == "lower"
+
+
 def test_the_probe_does_not_give_the_answer_away() -> None:
     question: Tensor = torch.tensor([7, 7])
     context, rest = visible_form(Example(torch.arange(4), []), Probe(question, torch.tensor([50])))
