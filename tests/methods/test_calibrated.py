@@ -1,5 +1,7 @@
 """Calibrated methods under the registry's properties: padded rows, byte budgets, forks, head groups, all budgets."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.cache import KVCache
-from kvbudget.calibrate import build, calibrate
+from kvbudget.calibrate import build, calibrate, registry
 from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.models import fingerprint
 from kvbudget.policy.artifact import Artifact
@@ -218,3 +220,26 @@ def test_a_stopped_fit_goes_on_and_another_model_refuses_it(method, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
     with pytest.raises(PolicyError, match=rf"another model.*kvbudget calibrate {method}"):
         KVCache(tiny_model("llama", seed=1), f"{method}(file={str(tmp_path / 'whole')!r})", 200)
+
+
+@pytest.mark.parametrize("method", registry())
+def test_numbers_that_no_fit_can_have_are_refused_by_name(method):
+    for field in fields(registry()[method]):
+        if type(field.default) not in (int, float):
+            continue
+        for value in (-1, float("nan"), 2**31, "x", True):
+            with pytest.raises(PolicyError, match=re.escape(f"the calibration of {method}: {field.name}={value!r}")):
+                build(method, **{field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("cq", {"rows": 0}, "rows=0 must be at least 1"),
+        ("cq", {"sinks": 1024}, "sinks=1024 leave nothing of texts of 1024 tokens"),
+        ("aquakv", {"bits": 5}, "grids of 2, 3 and 4 bits"),
+    ],
+)
+def test_fits_to_nothing_are_refused(method, given, message):
+    with pytest.raises(PolicyError, match=message):
+        build(method, **given)

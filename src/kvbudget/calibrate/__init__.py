@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from kvbudget.errors import PolicyError, nearest
 from kvbudget.methods import registry as methods
 from kvbudget.models import check_supported, fingerprint
 from kvbudget.policy.artifact import Artifact, default_path
+from kvbudget.policy.policy import checked_values
 
 __all__ = ["Calibration", "TextCalibration", "build", "calibrate", "registry"]
 
 Progress = Callable[[int, int], None]
+MAY_BE_NOTHING = ("sinks", "recent", "cue")
+"""Whole numbers that are none, though not by default."""
 
 
 @cache
@@ -48,17 +51,17 @@ def build(method: str, **parameters: Any) -> Calibration | TextCalibration:
         if method in methods() and "calibration" not in methods()[method].needs:
             raise PolicyError(f"{method} needs no calibration; these have one: {fitted}")
         raise PolicyError(f"there is no calibration for {method!r}{nearest(method, registry())}")
-    kind = registry()[method]
-    known = [field.name for field in fields(kind)]
-    for name in parameters:
-        if name not in known:
-            raise PolicyError(f"the calibration of {method} has no parameter {name!r}{nearest(name, known)}")
-    for name in {"count", "length"} & set(parameters):
-        if type(parameters[name]) is not int or parameters[name] < 1:
-            raise PolicyError(
-                f"the calibration of {method}: {name}={parameters[name]!r} must be a whole number, at least 1"
-            )
-    return kind(**parameters)
+    kind, what = registry()[method], f"the calibration of {method}"
+    declared = {field.name: field.default for field in fields(kind)}
+    values = checked_values(what, declared, get_type_hints(kind), parameters)
+    for name, value in values.items():
+        if type(value) is int and value == 0 and declared[name] and name not in MAY_BE_NOTHING:
+            raise PolicyError(f"{what}: {name}={value!r} must be at least 1")
+    found = kind(**values)
+    sinks = getattr(found, "sinks", 0)
+    if isinstance(found, TextCalibration) and sinks >= found.length:
+        raise PolicyError(f"{what}: sinks={sinks} leave nothing of texts of {found.length} tokens; give fewer")
+    return found
 
 
 def calibrate(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvbudget.calibrate.samples import CacheSamples, by_head
 from kvbudget.codecs.joint import Predicted
+from kvbudget.errors import PolicyError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Predictors(CacheSamples):
 
     Attributes:
         ridge: added to the diagonal, times its mean (paper: 1e-3).
-        bits: of the residuals while fitting.
+        bits: of the residuals while fitting (2, 3 or 4).
     """
 
     method: ClassVar[str] = "aquakv"
@@ -28,6 +29,10 @@ class Predictors(CacheSamples):
     rows: int = 512
     ridge: float = 1e-3
     bits: int = 2
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4):
+            raise PolicyError(f"aquakv has grids of 2, 3 and 4 bits per channel; {self.bits} is none of them")
 
     def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
         sides = {}

@@ -23,7 +23,7 @@ class QueryAwareCodebooks(CacheSamples):
     D, D]`` and the rotation. The paper fits 64 thousand tokens, and 16 thousand of random identifiers.
 
     Attributes:
-        words: of a codebook (paper: 4096).
+        words: of a codebook, no more than sampled keys (paper: 4096).
         steps: of k-means.
         base: position that queries are turned to (paper: 2048); at most the last one that the model was trained for.
     """
@@ -58,7 +58,7 @@ class QueryAwareCodebooks(CacheSamples):
         factor = torch.linalg.cholesky(moment + 1e-6 * torch.eye(moment.shape[-1], dtype=torch.float64)).float()
         words = []
         for keys, turned in zip(samples, factor, strict=True):
-            metric = codewords(keys @ turned, self.words, steps=self.steps)
+            metric = codewords(keys @ turned, min(self.words, keys.shape[1]), steps=self.steps)
             words.append(torch.linalg.solve_triangular(turned, metric, upper=False, left=False))
         rotations = [rotation for rotation in rotations_of(model) if rotation is not None]
         governed = torch.stack([rotations_of(model)[index].inv_freq.cpu() for index in layers])  # type: ignore[union-attr]

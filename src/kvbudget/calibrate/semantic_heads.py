@@ -93,7 +93,7 @@ class SemanticHeads(TextCalibration):
         votes = causal_weights(call, slice(judged, before))[..., :judged].sum(2).mean((0, 1))
         keep = torch.ones(call.key.shape[2], dtype=torch.bool, device=votes.device)
         keep[:judged] = False
-        keep[pool(votes, 5).topk(max(1, int(self.share * before))).indices] = True
+        keep[pool(votes, 5).topk(max(1, min(judged, int(self.share * before)))).indices] = True
         kept = weights * keep
         kept = kept / kept.sum(-1, keepdim=True)
         value = call.value[0].float()[:, None]

@@ -179,24 +179,30 @@ def checked(kind: type[Recipe], parameters: Mapping[str, Any]) -> dict[str, Any]
         PolicyError: for a name that the recipe does not have, a value of another type, a word that is none of its
             choices, and numbers that are negative, not finite or above `MOST`.
     """
-    declared = kind.parameters()
+    return checked_values(kind.name, kind.parameters(), get_type_hints(kind), parameters)
+
+
+def checked_values(
+    what: str, declared: Mapping[str, Any], hints: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `checked`, for whatever has these parameters with defaults and annotations."""
     values = {}
     for key, value in parameters.items():
         if key not in declared:
             if not declared:
-                raise PolicyError(f"{kind.name} takes no parameters, got {key}={value!r}")
-            raise PolicyError(f"{kind.name} has no parameter {key!r}{nearest(key, declared)}")
+                raise PolicyError(f"{what} takes no parameters, got {key}={value!r}")
+            raise PolicyError(f"{what} has no parameter {key!r}{nearest(key, declared)}")
         default = declared[key]
-        value = _hashable(value, f"{kind.name}: {key}={value!r}")
+        value = _hashable(value, f"{what}: {key}={value!r}")
         if default is not MISSING and default is not None and not _fits(value, default):
             raise PolicyError(
-                f"{kind.name}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
+                f"{what}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
             )
-        if get_type_hints(kind).get(key) == tuple[int, ...] and not all(type(item) is int for item in value):
-            raise PolicyError(f"{kind.name}: {key}={value!r} must be a list of whole numbers")
-        choices = _choices(kind).get(key)
+        if hints.get(key) == tuple[int, ...] and not all(type(item) is int for item in value):
+            raise PolicyError(f"{what}: {key}={value!r} must be a list of whole numbers")
+        choices = get_args(hints.get(key)) if get_origin(hints.get(key)) is Literal else None
         if choices is not None and value not in choices:
-            raise PolicyError(f"{kind.name}: {key}={value!r} is not one of its values{nearest(str(value), choices)}")
+            raise PolicyError(f"{what}: {key}={value!r} is not one of its values{nearest(str(value), choices)}")
         values[key] = float(value) if isinstance(default, float) else value
     return values
 
@@ -266,12 +272,6 @@ def _hashable(value: Any, what: str) -> Any:
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise PolicyError(f"{what} must be a number, a word, True, False or a list of these")
     return value
-
-
-def _choices(kind: type[Recipe]) -> dict[str, tuple[str, ...]]:
-    """The words that a parameter declared as a Literal may be."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _fits(value: Any, default: Any) -> bool:
