@@ -47,10 +47,11 @@ def speculate(
     """
     if not any(isinstance(codec, Refined) for codec in cache.parts.codec or ()):
         raise PolicyError(f"{cache.policy} has no codes that a draft could read a part of; use quantspec")
-    if len(input_ids) != 1 or max_new_tokens < 1 or draft_tokens < 1:
+    numbers = (max_new_tokens, draft_tokens)
+    if len(input_ids) != 1 or not all(type(number) is int and number > 0 for number in numbers):
         raise PolicyError(
-            f"{len(input_ids)} sequences, max_new_tokens={max_new_tokens}, draft_tokens={draft_tokens}: one sequence at a "
-            "time, and at least one token of each"
+            f"{len(input_ids)} sequences, max_new_tokens={max_new_tokens}, draft_tokens={draft_tokens}: give one sequence at "
+            "a time, and whole numbers from 1 on"
         )
     stops = model.generation_config.eos_token_id
     stops = set(stops if isinstance(stops, list) else [stops])

@@ -93,5 +93,6 @@ def test_what_cannot_be_drafted_is_refused():
     model, ids = tiny_model("llama"), random_text(20)
     with pytest.raises(PolicyError, match="use quantspec"):
         speculate(model, KVCache(model, "kivi"), ids)
-    with pytest.raises(PolicyError, match="draft_tokens=0"):
-        speculate(model, KVCache(model, POLICY), ids, draft_tokens=0)
+    for number in (0, 2.5, "x"):
+        with pytest.raises(PolicyError, match=f"draft_tokens={number}: give one"):
+            speculate(model, KVCache(model, POLICY), ids, draft_tokens=number)

@@ -97,7 +97,9 @@ def test_what_kvtc_cannot_do_is_refused(model, tmp_path):
         ({"ratio": 0.5}, "ratio=0.5"),
         ({"ratio": "a"}, "ratio='a' .* give a number"),
         ({"rati": 2}, "'ratio'"),
+        ({"ratio": 2**63}, r"give a number from 1 to 2147483647"),
         ({"sinks": -1}, "sinks=-1"),
+        ({"sinks": 2**63}, "sinks=9223372036854775808 is no number of tokens"),
         ({"recent": "x"}, "recent='x' .* whole number"),
     ):
         with pytest.raises(CacheError, match=message):

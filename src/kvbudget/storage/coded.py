@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvbudget.errors import CacheError, nearest
 from kvbudget.layer import LayerCache
 from kvbudget.models import fingerprint, rotations_of
 from kvbudget.policy.artifact import Artifact
+from kvbudget.policy.policy import MOST
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.storage.state import positions_of
 
@@ -47,11 +47,13 @@ class Options:
 
     def __post_init__(self) -> None:
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not (number and 1 <= self.ratio < math.inf):
-            raise CacheError(f"ratio={self.ratio!r} is not how many times smaller to make it; give a number from 1 on")
+        if not (number and 1 <= self.ratio <= MOST):
+            raise CacheError(
+                f"ratio={self.ratio!r} is not how many times smaller to make it; give a number from 1 to {MOST}"
+            )
         for name, count in (("sinks", self.sinks), ("recent", self.recent)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise CacheError(f"{name}={count!r} is no number of tokens; give a whole number from 0 on")
+            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST:
+                raise CacheError(f"{name}={count!r} is no number of tokens; give a whole number from 0 to {MOST}")
         if not isinstance(self.calibration, (str, Path, type(None))):
             raise CacheError(
                 f"calibration={self.calibration!r} is no path; give the file that kvbudget calibrate wrote"
