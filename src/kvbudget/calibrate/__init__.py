@@ -23,7 +23,7 @@ from kvbudget.policy.policy import checked_values
 __all__ = ["Calibration", "TextCalibration", "build", "calibrate", "registry"]
 
 Progress = Callable[[int, int], None]
-MAY_BE_NOTHING = ("sinks", "recent", "cue")
+MAY_BE_NOTHING = ("sinks", "recent", "cue", "steps")
 """Whole numbers that are none, though not by default."""
 
 
