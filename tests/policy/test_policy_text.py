@@ -149,6 +149,8 @@ def test_parts_compare_like_the_text() -> None:
         ("snapkv(window={1: 2})", r"snapkv: window=\{1: 2\} must be a number, a word"),
         ("snapkv(window=1+1j)", r"snapkv: window=\(1\+1j\) must be a number, a word"),
         ("snapkv(window=0)", r"window=0 leaves no query that could judge entries; give at least 1"),
+        ("visual_1bit(lowered=much)", r"visual_1bit: lowered='much' must be a number, or None"),
+        ("visual_1bit(lowered=True)", r"visual_1bit: lowered=True must be a number, or None"),
         ("fair(cuts=(1.5,))", r"fair: cuts=\(1.5,\) must be a list of whole numbers"),
         ("kivi(group=0)", r"a group of 0 entries holds nothing to quantize"),
         ("snapkv(window={})", r"snapkv: window=\{\} must be a number, a word"),

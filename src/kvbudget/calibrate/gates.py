@@ -193,7 +193,7 @@ class LocretGate(TaughtGate):
         return RetainingGate(self.hidden)
 
     def targets(self, model: PreTrainedModel, ids: Tensor, calls: dict[int, tuple[AttentionCall, Tensor]]) -> Tensor:
-        cut = ids.shape[1] - max(1, int(ids.shape[1] * self.answer))
+        cut = max(1, ids.shape[1] - max(1, int(ids.shape[1] * self.answer)))
         return torch.stack([_highest(call, lse, cut) for call, lse in calls.values()]).clamp_min(LEAST).log()
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:

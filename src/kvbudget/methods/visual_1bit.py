@@ -48,8 +48,6 @@ class Visual1Bit(Recipe):
     def __post_init__(self) -> None:
         if max(self.shrink_k, self.shrink_v) > 1:
             raise PolicyError(f"visual_1bit: shrink_k={self.shrink_k} and shrink_v={self.shrink_v} must be at most 1")
-        if not isinstance(self.lowered, (int, float, type(None))) or isinstance(self.lowered, bool):
-            raise PolicyError(f"visual_1bit: lowered={self.lowered!r} must be a number from 0 on, such as 3")
         self.parts()
 
     def parts(self) -> dict[str, Any]:
@@ -59,7 +57,7 @@ class Visual1Bit(Recipe):
             "toward": self.toward,
             "sinks": self.sinks,
             "residual": self.residual,
-            "lowered": (3.0 if self.bits <= 2 else 0.0) if self.lowered is None else float(self.lowered),
+            "lowered": (3.0 if self.bits <= 2 else 0.0) if self.lowered is None else self.lowered,
         }
         factors = (self.shrink_k or defaults[0], self.shrink_v or defaults[1])
         return {"codec": tuple(SpanQuant(shrink=factor, **shared) for factor in factors)}

@@ -198,6 +198,9 @@ def checked_values(
             raise PolicyError(
                 f"{what}: {key}={value!r} must be {_article(type(default).__name__)} like the default {default!r}"
             )
+        optional = [kind for kind in get_args(hints.get(key)) if kind in (int, float, str)] if default is None else []
+        if optional and value is not None and not any(_fits(value, kind()) for kind in optional):
+            raise PolicyError(f"{what}: {key}={value!r} must be {_article(optional[0].__name__)}, or None")
         if hints.get(key) == tuple[int, ...] and not all(type(item) is int for item in value):
             raise PolicyError(f"{what}: {key}={value!r} must be a list of whole numbers")
         choices = get_args(hints.get(key)) if get_origin(hints.get(key)) is Literal else None
