@@ -7,7 +7,7 @@ from kvbudget.cache import KVCache
 from kvbudget.errors import PolicyError
 from kvbudget.policy.selectors.neighbors import Neighbors
 from kvbudget.segments.selective import Reading
-from tiny import random_text, tiny_model
+from tiny import left_padded, random_text, tiny_model
 
 RULE = Neighbors(top=3, followers=2, context=2, window=6, sinks=2, start=0.5, cache=20)
 
@@ -54,3 +54,18 @@ def test_generated_tokens_alone_read_less_and_a_wide_window_is_exact():
     for wrong in ("top=0", "start=2.0", "sinks=-1"):
         with pytest.raises(PolicyError, match=wrong):
             KVCache(model, f"neurocache({wrong})")
+
+
+def test_rows_that_differ_in_length_have_no_gaps_where_a_fork_goes_on():
+    """What a fork adds lies in a segment of its own, behind the longest row; tokens that follow each other still do."""
+    model, policy = tiny_model("llama"), "neurocache(top=2, window=8, start=0, sinks=2)"
+    ids, mask = left_padded([random_text(40), random_text(70, seed=1)])
+    plain = KVCache(model, policy)
+    with torch.inference_mode():
+        model(ids, past_key_values=plain, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+        fork = plain.fork()
+        for token in random_text(4, rows=2).split(1, dim=1):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            options = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, -1:] - 1}
+            expected, found = (model(token, past_key_values=cache, **options).logits for cache in (plain, fork))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -100,14 +100,19 @@ def attend(
     keys = joined([segment.keys() for segment in held]).float()
     values = joined([segment.values() for segment in held]).float()
     positions = joined([segment.positions() for segment in held])
-    log_count = None
+    states = _states(selector, layer_idx, held, keys, positions) if selector.states else {}
     if any("count" in segment.meta.columns for segment in held):
         counts = [
             s.meta.padded("count") if "count" in s.meta.columns else torch.ones_like(s.positions(), dtype=torch.float32)
             for s in held
         ]
-        log_count = joined(counts).clamp_min(1e-30).log()[:, :, None, None]
-    states = _states(selector, layer_idx, held, keys, positions) if selector.states else {}
+        states["count"] = joined(counts)
+    if len(held) > 1:  # rows that differ in length have empty cells between segments, which selectors do not expect
+        order = (positions < 0).argsort(dim=-1, stable=True)
+        keys, values = (x.gather(2, order[..., None].expand_as(x)) for x in (keys, values))
+        positions, states = positions.gather(-1, order), {name: x.gather(-1, order) for name, x in states.items()}
+    count = states.pop("count", None)
+    log_count = None if count is None else count.clamp_min(1e-30).log()[:, :, None, None]
     grouped = query.unflatten(1, (keys.shape[1], -1)).float()
     size = max(1, BLOCK // (batch * query_heads * keys.shape[2]))
     outs, sums = [], []
