@@ -295,7 +295,8 @@ class Enforcer(Shares):
         group, destination, gone = self._group(layer), self.parts.destination, ~keep & valid.flatten(0, 1)
         evicted = []
         for each in () if destination is None else group:
-            own = scores if each is layer else self._scores(View(each))
+            judge = self.layers[self._leader(self.layers.index(each))]  # with the same cells, where all layers vote
+            own = scores if layer in (each, judge) else self._scores(View(judge))
             evicted.append(self._gather(each, gone, keep, own.flatten(0, 1)))
         for each in group:
             each.evict(keep, spare)
