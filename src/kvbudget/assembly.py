@@ -51,7 +51,7 @@ def check_recipe(policy: Policy, parts: Parts, budget: Budget, geometry: CacheGe
             "with this selector; use it alone"
         )
     shares = any(layer.owner is not None for layer in geometry.layers)
-    if shares and parts.selector is not None:
+    if shares and parts.selector is not None and not parts.jury:
         raise PolicyError(f"{policy}: what shared layers hold is read whole; use shared layers or the selector")
     if parts.sharing is not None and parts.sharing.merges:
         check_merged(policy, parts)
@@ -169,7 +169,8 @@ def budgeted_layer(
 def juror(model: PreTrainedModel, index: int, geometry: CacheGeometry, parts: Parts, owner: LayerCache) -> Juror:
     """Layer ``index`` as one that judges what ``owner`` holds for it."""
     states = tuple(name for name in parts.states if name not in parts.moves)  # only the owner's keys are moved
-    layer = Juror(index, owner, states=states, rotation=rotation_for(model, index, parts))
+    rotation = rotation_for(model, index, parts)
+    layer = Juror(index, owner, states=states, rotation=rotation, selector=owner.selector)
     layer.depth = owner.together.index(index) / max(1, len(owner.together) - 1)
     layer.page, layer.hard = owner.page, owner.hard
     return layer

@@ -109,7 +109,7 @@ class Attending(Cache):
         attending = [layer for layer in layers if isinstance(layer, AttentionLayer)]
         self._at = {store.layer_idx: i for i, store in enumerate(enforcer.layers)}
         for layer in attending:
-            layer.at = self._at.get((layer.own or layer.store).layer_idx)
+            layer.at = self._at.get((layer.juror or layer.store).layer_idx)
             layer.label = f"layer {layer.index} of {len(layers)}"
         self._first, self._last = attending[0].index, attending[-1].index
         self._shares = parts.sharing is not None or any(layer.readers for layer in attending)
@@ -180,7 +180,7 @@ class Attending(Cache):
             call = replace(call, key=self._calls[owner.index].key, value=self._calls[owner.index].value)
         elif owner.readers:
             self._calls[index] = call
-        store = layer.own or layer.store
+        store = layer.juror or layer.store
         if self.probing is not None:
             out, lse, own = store.probe(call)
             self.probing(index, call, lse, own)
@@ -194,7 +194,7 @@ class Attending(Cache):
             self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
         if thinned is not None:
             call = thinned.take(call)
-        out, lse = store.forward(call) if not owner.readers else store.probe(call)[:2]
+        out, lse = store.forward(call) if not owner.readers else store.answer(call)
         self._follow(layer, call, lse, width)
         if thinned is not None:
             return thinned.spread(out, width)
@@ -258,7 +258,7 @@ class Attending(Cache):
     def _finish(self, layer: AttentionLayer, queries: Queries | None) -> None:
         """What follows the attention of a layer: statistics, evictions and codecs."""
         if layer.at is not None and queries is not None:
-            self.enforcer.after_attention(layer.at, View(layer.own or layer.store, queries))
+            self.enforcer.after_attention(layer.at, View(layer.juror or layer.store, queries))
         elif layer.at is None or not self.enforcer.suspended:
             layer.store.finish_forward()
 

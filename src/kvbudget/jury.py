@@ -1,4 +1,4 @@
-"""Jury: layers that judge, each by its own queries, what one segment holds for all of them."""
+"""Jury: layers that judge, or select from, each by its own queries, what one segment holds for all of them."""
 
 from __future__ import annotations
 

@@ -98,6 +98,11 @@ class LayerCache(LayerEntries):
         self.append(call.key, call.value, call.valid, call.steps)
         return out, lse
 
+    def answer(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """As `forward`, but the new tokens are stored later."""
+        selected = None if self.selector is None else self._selected(call, self.selector, stored=False)
+        return self.probe(call)[:2] if selected is None else selected
+
     def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         """`forward` of one token as a `step`; None, with nothing done, where that cannot be."""
         batch, heads, _, _ = call.query.shape
@@ -149,8 +154,10 @@ class LayerCache(LayerEntries):
             if lane.main != self.main or lane.front != self.front:
                 lane.leave()
 
-    def _selected(self, call: AttentionCall, selector: selective.Selects) -> tuple[Tensor, Tensor] | None:
-        """As `forward`, but a selector says what the queries read; None where all of them read everything."""
+    def _selected(
+        self, call: AttentionCall, selector: selective.Selects, *, stored: bool = True
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `forward` (not ``stored``: `answer`), but a selector says what queries read; None where all read everything."""
         whole = None
         if not selector.prefill:
             new = call.query.shape[2] if call.valid is None else call.valid.sum(1)
@@ -162,9 +169,12 @@ class LayerCache(LayerEntries):
             steps = seen + torch.arange(call.query.shape[2], device=seen.device)
         else:
             steps = seen + call.valid.long().cumsum(1) - 1
-        self.append(call.key, call.value, call.valid)
+        new = self if stored else LayerEntries(self.layer_idx, self.num_kv_heads)
+        new.seen = list(self.seen)
+        new.append(call.key, call.value, call.valid)
+        segments = self.segments if stored else self.segments + new.main
         out, lse = selective.attend(
-            selector, self.layer_idx, self.depth, self.segments, call.query, steps,
+            selector, self.layer_idx, self.depth, segments, call.query, steps,
             scale=call.scale, softcap=call.softcap, sink=call.sink, whole=whole,
         )  # fmt: skip
         return out.to(call.query.dtype), lse

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from kvbudget.cache import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.errors import BudgetError, PolicyError
-from kvbudget.layer import AttentionCall
+from kvbudget.layer import FEW_TOKENS, AttentionCall
 from kvbudget.methods import parse, registry
 from kvbudget.models import fingerprint, rotation_of
 from kvbudget.policy.artifact import Artifact
 from kvbudget.policy.selection import votes
+from kvbudget.segments.selective import Reading
 from tiny import left_padded, random_text, tiny_model
 
 CODECS = ("xquant(group=16)", "xquant_cl(group=16)", "aquakv(residual=16)")
@@ -44,7 +45,7 @@ def fitted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Replayed:
-    """Answers every attention call of a cache again, by a softmax over decoded tokens, and compares.
+    """Answers every attention call of a cache again, by a softmax over decoded tokens, or those selected, and compares.
 
     A token's codes depend on it alone (``unit=1``), so each is coded again from its keys and values as they came. ``mask [B, n]``
     are the tokens of the forward under way that are no padding.
@@ -53,7 +54,7 @@ class Replayed:
     mask: Tensor
 
     def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
-        self.model, self.cache, self.calls = model, cache, 0
+        self.model, self.cache, self.calls, self.unread = model, cache, 0, 0
         self.raw: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         attend = cache.attend
 
@@ -76,9 +77,14 @@ class Replayed:
             self.calls += 1
             key, value = torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
         heads, new = len(key), query.shape[1]
-        logits = query.unflatten(0, (heads, -1)) @ key[:, None].mT * call.scale
+        query = query.unflatten(0, (heads, -1))
         later = torch.arange(key.shape[1]) > torch.arange(new)[:, None] + key.shape[1] - new
-        weights = logits.masked_fill(later, float("-inf")).softmax(-1)
+        logits = (query @ key[:, None].mT * call.scale).masked_fill(later, float("-inf"))
+        weights, selector = logits.softmax(-1), self.cache.parts.selector
+        if selector is not None and (selector.prefill or new <= FEW_TOKENS):
+            asked = (x[None] for x in (query, key, value, logits, logits.logsumexp(-1), ~later.expand(heads, -1, -1)))
+            (weights,) = selector.select(Reading(index, *asked, depth=float(index))).weights
+            self.unread += int((weights == 0).sum() - later.expand_as(weights).sum())
         return real, (weights @ value[:, None]).flatten(0, 1)
 
     def held(self, index: int, b: int) -> tuple[Tensor, Tensor] | None:
@@ -121,7 +127,8 @@ def replay(model: PreTrainedModel, policy: str, budget: object, texts: list[Tens
             replayed.mask = mask[:, -ids.shape[1] :].bool()
             model(ids, past_key_values=cache, **(options if padded else {}))
             cache.check_integrity()
-    assert replayed.calls and cache.enforcer.evictions > 1
+    assert replayed.calls and (cache.parts.scorer is None or cache.enforcer.evictions > 1)
+    assert cache.parts.selector is None or replayed.unread > 100
     return cache
 
 
@@ -141,6 +148,8 @@ ATTENDED = [
     ("streaming_llm(sinks=4, positions='cache')", CODECS[2]),
     ("lacache(positions='cache')", CODECS[0]),
     ("lacache(positions='cache')", CODECS[1]),
+    ("mpcache(size=4)", CODECS[2]),
+    ("streaming_llm+kcache(top=8)", CODECS[1]),
 ]
 
 
@@ -152,6 +161,11 @@ def test_queries_attend_to_what_the_kept_tokens_decode_to(policy, codec):
     for budget, rows in ((48, texts), (worth(model, policy, 48, 2), texts[:1] * 2)):
         cache = replay(model, policy, budget, rows, 20)
         assert all(segment.cells.total for segment in cache.enforcer.layers[0].main[-1:])
+
+
+def test_selectors_read_a_part_of_what_is_coded_together_where_nothing_is_evicted():
+    model = fitted(tiny_model("llama", num_attention_heads=2, num_key_value_heads=2))
+    replay(model, "kcache(top=8)+aquakv(residual=16)", None, [random_text(n + 6, seed=n) for n in (90, 61)], 6)
 
 
 def test_the_tokens_stay_that_heads_and_layers_want_most():
@@ -256,25 +270,22 @@ def test_destinations_take_what_leaves_each_of_the_layers_that_are_coded_togethe
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
 
 
+def test_layers_that_follow_hand_on_what_leaves_them_with_their_leaders_scores(monkeypatch):
+    """They take no statistics of their own, so theirs would all be zero."""
+    model = fitted(tiny_model("llama", num_hidden_layers=3))
+    cache, found = KVCache(model, "windowkv(window=8, group=2)+cam+aquakv", 40), []
+    monkeypatch.setattr(type(cache.parts.destination), "receive", lambda _, layer, left: found.append(left.score))
+    feed(model, cache, random_text(90), [90])
+    assert len(found) == 3 and all(bool(score.any()) for score in found)
+    assert torch.equal(found[1], found[0]) and not torch.equal(found[2], found[0])
+
+
 NEVER = {
     "chai": "heads that share keys",
     "kv_heads": "mixtures of the model's",
     "retro_attention": "every entry as it was",
 }
-READERS = dict.fromkeys(("a2ats", "kcache", "mpcache", "neurocache", "top_theta"), "read whole")
-TAKERS = (
-    "cam",
-    "chelsea",
-    "d2o",
-    "elastic_cache",
-    "ems",
-    "lattice",
-    "less",
-    "mikv",
-    "razor_attention",
-    "transformer_vq",
-)
-STACKED = NEVER | READERS | {"pyramidinfer": "layers above"}
+STACKED = NEVER | {"pyramidinfer": "layers above"}
 WHOLE = ("duo_attention", "razor_attention")
 """Every layer of the model has a head that keeps everything."""
 OWN = {

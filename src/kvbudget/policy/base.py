@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -197,18 +198,18 @@ class Parts:
         extra = () if self.destination is None else self.destination.columns
         return (*scorer, *extra, *(() if self.selector is None else self.selector.states), *self.moves)
 
-    @property
+    @cached_property
     def votes(self) -> bool:
         """Whether heads, or layers, that want different entries hold the same ones, since these are coded together."""
         return self.sharing is not None and self.sharing.aligned and (self.heads is not None or self.jury)
 
-    @property
+    @cached_property
     def jury(self) -> bool:
-        """Whether all layers vote, each by its own queries, on what is coded for all of them."""
-        if self.scorer is None or self.sharing is None or not self.sharing.stacked:
+        """Whether all layers, each by its own queries, vote on what is coded for all of them, or select what they read of it."""
+        if self.sharing is None or not self.sharing.stacked:
             return False
-        others = (self.heads, self.layers, self.destination)
-        return any(part is not None for part in others) or not self.scorer.by_position
+        others = (self.heads, self.layers, self.destination, self.selector)
+        return any(part is not None for part in others) or not (self.scorer is None or self.scorer.by_position)
 
     @property
     def moves(self) -> tuple[str, ...]:
