@@ -169,10 +169,10 @@ class LayerCache(LayerEntries):
             steps = seen + torch.arange(call.query.shape[2], device=seen.device)
         else:
             steps = seen + call.valid.long().cumsum(1) - 1
-        new = self if stored else LayerEntries(self.layer_idx, self.num_kv_heads)
-        new.seen = list(self.seen)
-        new.append(call.key, call.value, call.valid)
-        segments = self.segments if stored else self.segments + new.main
+        fresh = self if stored else LayerEntries(self.layer_idx, self.num_kv_heads)
+        fresh.seen = list(self.seen)
+        fresh.append(call.key, call.value, call.valid)
+        segments = self.segments if stored else self.segments + fresh.main
         out, lse = selective.attend(
             selector, self.layer_idx, self.depth, segments, call.query, steps,
             scale=call.scale, softcap=call.softcap, sink=call.sink, whole=whole,
