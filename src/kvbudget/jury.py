@@ -12,8 +12,8 @@ from kvbudget.segments.joint import FaceSegment, JointSegment
 class Juror(LayerCache):
     """One of the layers whose entries the first of them, the ``owner``, holds coded together.
 
-    It holds the same entries as the owner, with states and statistics of its own and the owner's keys and values, and whatever a
-    destination makes of what leaves it.
+    It holds the same entries as the owner, with states and statistics of its own and the owner's keys and values, whatever a
+    destination makes of what leaves it, and a selector of its own.
     """
 
     def __init__(self, layer_idx: int, owner: LayerCache, **options: Any) -> None:

@@ -21,9 +21,9 @@ class AquaKV(Recipe):
     through a Hadamard matrix and a fixed grid for two normal numbers (HIGGS, in groups of at most 1024 channels; the
     paper's grids of 4 and 6 channels are left out). Layers are restored one after the other, so all of them hold the same
     entries, on which they vote under an evicting method (own choice), each by its own queries and with the share that an
-    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers, which would
-    part the layers, are refused. True bits per element: ``bits`` (``first_bits`` in the lowest
-    layer) and 16 per group. Claim: under 1% of perplexity at 2 to 2.5 bits.
+    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers, in which tokens
+    would be missing, are refused. True bits per element: ``bits`` (``first_bits`` in the lowest layer) and 16 per group.
+    Claim: under 1% of perplexity at 2 to 2.5 bits.
 
     Attributes:
         bits: of the residuals (2, 3 or 4).

@@ -73,9 +73,9 @@ class XQuantCL(XQuant):
     by the weights of the norm before the projections, which differ from layer to layer (own choice). ``kvbudget calibrate
     xquant_cl --model M`` finds the maps from the weights. Layers are restored one after the other, so all of them hold the
     same entries, on which they vote under an evicting method (own choice), each by its own queries and with the share that an
-    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers,
-    which would part the layers, are refused. True bits per element of keys and values: ``bits + 32 /
-    group`` (4 bits in the first layers), half of it where X itself is narrower than keys and values. Claim: 10x less memory at 0.01
+    allocator over layers gives it; a forward's keys and values of all layers are coded after it. Thinned layers, in
+    which tokens would be missing, are refused. True bits per element of keys and values: ``bits + 32 / group`` (4 bits in
+    the first layers), half of it where X itself is narrower than keys and values. Claim: 10x less memory at 0.01
     perplexity, 12.5x at 0.1.
 
     Attributes:
