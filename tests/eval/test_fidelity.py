@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from kvbudget import KVCache
 from kvbudget.calibrate import calibrate
 from kvbudget.eval.fidelity import KL_FLOOR, attention_calls, attention_errors, compare_logits, continuation_logits
-from kvbudget.eval.replay import record, replay
+from kvbudget.eval.replay import Observed, record, replay
 from kvbudget.eval.tasks import parse
 from kvbudget.eval.tasks.base import Probe, Reading, read
 from tiny import random_text, tiny_model
@@ -90,6 +90,25 @@ def test_layers_that_predict_one_another_are_asked_in_their_order(tmp_path) -> N
     full = replay(recording, KVCache(model, "full"))
     coded = replay(recording, KVCache(model, f"xquant_cl(bits=8, group=64, file={str(file)!r})"))
     assert max(attention_errors(attention_calls(model, full, more), full, coded)) < 0.02
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gemma3n", "snapkv"), ("llama", "snapkv+adakv+xquant_cl")])
+def test_caches_that_begin_from_the_same_statistics_hold_what_they_would_alone(
+    kind, method, tmp_path, monkeypatch
+) -> None:
+    """Where layers read, or judge, what another one holds."""
+    monkeypatch.setenv("KVBUDGET_CACHE", str(tmp_path))
+    model = tiny_model(kind)
+    if kind == "llama":
+        calibrate("xquant_cl", model)
+    recording, token, observed = record(model, random_text(80)), random_text(1, seed=3), Observed()
+    for budget in (30, 40):
+        found, alone = (KVCache(model, method.replace("snapkv", "snapkv(window=8)"), budget) for _ in range(2))
+        replay(recording, found, observed), replay(recording, alone)
+        with torch.inference_mode():
+            logits = [model(token, past_key_values=cache).logits for cache in (found, alone)]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+        assert found.enforcer.evictions
 
 
 def test_the_attention_error_is_that_of_a_direct_computation() -> None:

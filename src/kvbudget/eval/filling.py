@@ -59,8 +59,8 @@ class Filler:
         replay(self.recording.first(tokens), cache, observed)
         if cache.enforcer.suspended and observed is not None:
             # Nothing has left; what is shared since has given its spare room back.
-            stores = enumerate(layer.store for layer in cache.layers)
-            cache.peak_bytes = sum(observed.sizes.get(index, store.nbytes()) for index, store in stores)
+            own = [(layer.index, layer.own) for layer in cache.layers if layer.own is not None]
+            cache.peak_bytes = sum(observed.sizes.get(index, store.nbytes()) for index, store in own)
 
     def known(self, trail: tuple[Any, ...], cache: KVCache) -> bool:
         """Lets a cache begin from what is known after the steps of ``trail``, if they have been gone before."""
@@ -72,7 +72,7 @@ class Filler:
 
     def learn(self, trail: tuple[Any, ...], cache: KVCache, seconds: float) -> None:
         """Keeps what a cache holds after the steps of ``trail``, the last of which took some ``seconds``."""
-        stores = {index: layer.store.fork() for index, layer in enumerate(cache.layers)}
+        stores = {layer.index: layer.own.fork() for layer in cache.layers if layer.own is not None}
         self._known[trail] = Observed(stores, seconds=seconds)
 
     def _shared(self, trail: tuple[Any, ...]) -> Observed:

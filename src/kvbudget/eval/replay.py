@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvbudget.attending import AttentionLayer
 from kvbudget.cache import KVCache
 from kvbudget.errors import CacheError
+from kvbudget.jury import Juror
 from kvbudget.layer import AttentionCall, LayerCache
 from kvbudget.policy.view import Queries, View
 
@@ -123,9 +124,13 @@ def replay(recording: Recording, cache: KVCache, observed: Observed | None = Non
 def adopt(cache: KVCache, index: int, store: LayerCache) -> LayerCache:
     """Lets layer ``index`` of a cache begin from a fork of what another cache of the same policy holds there."""
     layer = cache.layers[index]
-    twin = store.fork()
-    twin.hard = layer.store.hard
-    layer.store, layer.columns = twin, twin.seen[0]
+    twin = store.beside(layer.store) if isinstance(store, Juror) else store.fork()
+    twin.hard, layer.columns = layer.store.hard, twin.seen[0]
+    if isinstance(twin, Juror):
+        layer.juror = twin
+    else:
+        for at in (index, *layer.readers):
+            cache.layers[at].store = twin
     if index in cache._at:
         cache.enforcer.layers[cache._at[index]] = twin
     return twin
