@@ -28,7 +28,7 @@ class SharingSearch(TextCalibration):
         count: number of texts (paper: 30).
         length: tokens of each (paper: 64).
         share: of the layers that shall read another's entries (paper: 0.125 in its code, up to 0.3).
-        threshold: least cosine (paper: 0.5, which is lenient).
+        threshold: least cosine, from 0 on (paper: 0.5, which is lenient).
         similar: go from the least to the most different pair, against the paper.
     """
 
@@ -39,6 +39,10 @@ class SharingSearch(TextCalibration):
     share: float = 0.125
     threshold: float = 0.5
     similar: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.share < 1 and self.threshold <= 1):
+            raise PolicyError(f"kvsharer: share={self.share} must be below 1 and threshold={self.threshold} a cosine")
 
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         sums: dict[str, list[Tensor]] = {"keys": [], "values": []}
@@ -53,8 +57,6 @@ class SharingSearch(TextCalibration):
         return found | {"texts": texts}
 
     def finish(self, model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not (0 <= self.share < 1 and -1 <= self.threshold <= 1):
-            raise PolicyError(f"kvsharer: share={self.share} must be below 1 and threshold={self.threshold} a cosine")
         layers, texts = len(state["keys"]), state["texts"].to(model.device)
         distance = sum(
             (x[:, None] - x[None]).norm(dim=-1).mean(-1) / (2 * self.count) for x in (state["keys"], state["values"])
