@@ -206,16 +206,16 @@ class Segment(ABC):
     def parts(self) -> dict[str, int]:
         """Resident bytes by what they hold (keys, values, metadata of a codec, positions, states)."""
 
-    @abstractmethod
     def branch(self, hard: bool) -> "Segment":
         """The segment that new entries go to: this one, or one beside it where appending would copy what a fork shares.
 
         ``hard`` forbids to hold anything twice.
         """
+        return self
 
-    @abstractmethod
     def absorb(self, trail: Sequence["Segment"], spare: int = 0) -> None:
         """Takes over the entries of branches that follow, with room for ``spare`` more entries in each row."""
+        raise AssertionError("a segment that never branches has nothing to absorb")
 
     def share(self) -> "Segment":
         """A second segment over the same storages; whichever of the two writes to one copies it first."""

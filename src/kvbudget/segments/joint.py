@@ -196,13 +196,6 @@ class JointSegment(RestoredSegment):
             parts[label] = parts.get(label, 0) + column.untyped_storage().nbytes()
         return parts
 
-    def branch(self, hard: bool) -> Segment:
-        """This one: its coded tokens are copied when the next ones are coded, since those continue them."""
-        return self
-
-    def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
-        raise AssertionError("a segment that never branches has nothing to absorb")
-
     def share(self) -> Segment:
         other = super().share()
         assert isinstance(other, JointSegment)
@@ -276,9 +269,3 @@ class FaceSegment(RestoredSegment):
     def parts(self) -> dict[str, int]:
         position = self.meta.columns["position"].untyped_storage().nbytes() if self.meta.columns else 0
         return {"positions": position, "states": self.meta.nbytes - position}
-
-    def branch(self, hard: bool) -> Segment:
-        return self
-
-    def absorb(self, trail: Sequence[Segment], spare: int = 0) -> None:
-        raise AssertionError("a segment that never branches has nothing to absorb")

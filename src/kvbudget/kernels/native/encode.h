@@ -1,4 +1,4 @@
-// Integer codes from dense entries: minimum and maximum of each group, rounding and packing, at the speed of memory.
+// Integer codes from dense entries: minimum and maximum of each group, rounding and packing, without a division per element.
 //
 // Bit for bit what kernels/encode.py computes in torch: scale and zero are rounded to half precision first, then
 // code = round((x - zero) / scale), half to even.
