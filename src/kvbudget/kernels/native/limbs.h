@@ -201,10 +201,25 @@ KV_INLINE __m512i turn_rows(const uint8_t* rows, int64_t stride) {
   return turn_bytes(_mm512_permutexvar_epi32(quarters, gather(rows, stride)));
 }
 
-// Adds sixteen bytes' worth of `rows`, P planes from k on, to acc [M, acc_stride] at the channels where each plane begins.
+// 32 bytes of each of four rows: bytes 0 to 7 and 16 to 23 in the first vector, the others in the second.
+KV_INLINE void turn_wide_rows(const uint8_t* rows, int64_t stride, __m512i (&to)[2]) {
+  const auto two = [&](int i) {
+    const __m256i *a = reinterpret_cast<const __m256i*>(rows + i * stride), *b = reinterpret_cast<const __m256i*>(rows + (i + 2) * stride);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(a)), _mm256_loadu_si256(b), 1);
+  };
+  const __m512i a = two(0), b = two(1);
+  const __m512i words = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  to[0] = _mm512_permutexvar_epi16(words, _mm512_unpacklo_epi8(a, b));
+  to[1] = _mm512_permutexvar_epi16(words, _mm512_unpackhi_epi8(a, b));
+}
+
+// Adds sixteen bytes' worth of `rows`, P planes from k on, to acc [M, acc_stride] at the channels where each plane begins; of codes
+// of eight bits, two halves of 32 bytes as turn_wide_rows parts them.
 template <int Bits, int MT, int P>
 void weigh_tile_limbs(const uint8_t* row, int64_t stride, const uint8_t* ahead, int quads, int k, const uint8_t* const (&limbs)[P],
                       int64_t limb_stride, const float* const (&step)[P], float* const (&acc)[P], int64_t acc_stride) {
+  constexpr bool kWide = Bits == 8 && P == 2;
   __m512i sums[P][MT][3];
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p)
@@ -214,11 +229,18 @@ void weigh_tile_limbs(const uint8_t* row, int64_t stride, const uint8_t* ahead, 
       for (int l = 0; l < 3; ++l) sums[p][m][l] = _mm512_setzero_si512();
 #pragma GCC unroll 1
   for (int i = 0; i < quads; ++i, row += 4 * stride) {
-    if (ahead) __builtin_prefetch(ahead + 64 * i, 0, 2);
-    const __m512i bytes = turn_rows(row, stride);
+    if (ahead)
+#pragma GCC unroll 2
+      for (int p = 0; p < (kWide ? 2 : 1); ++p) __builtin_prefetch(ahead + 64 * ((kWide ? 2 : 1) * i + p), 0, 2);
+    __m512i turned[2];
+    if constexpr (kWide) {
+      turn_wide_rows(row, stride, turned);
+    } else {
+      turned[0] = turned[1] = turn_rows(row, stride);
+    }
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-      const __m512i codes = plane<Bits>(bytes, k + p);
+      const __m512i codes = plane<Bits>(turned[p], k + p);
 #pragma GCC unroll 4
       for (int m = 0; m < MT; ++m)
 #pragma GCC unroll 3
@@ -231,7 +253,14 @@ void weigh_tile_limbs(const uint8_t* row, int64_t stride, const uint8_t* ahead, 
     for (int m = 0; m < MT; ++m) {
       float* to = acc[p] + m * acc_stride;
       const __m512 found = join_limbs(sums[p][m][0], sums[p][m][1], sums[p][m][2]);
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(found, _mm512_set1_ps(step[p][m]), wide(to)));
+      const __m512 before = kWide ? _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(to)), _mm256_loadu_ps(to + 16), 1) : wide(to);
+      const __m512 after = _mm512_fmadd_ps(found, _mm512_set1_ps(step[p][m]), before);
+      if constexpr (kWide) {
+        _mm256_storeu_ps(to, _mm512_castps512_ps256(after));
+        _mm256_storeu_ps(to + 16, _mm512_extractf32x8_ps(after, 1));
+      } else {
+        _mm512_storeu_ps(to, after);
+      }
     }
 }
 
@@ -240,24 +269,32 @@ void weigh_tile_limbs(const uint8_t* row, int64_t stride, const uint8_t* ahead, 
 KV_INLINE void weigh_limbs(const Operand& x, const uint8_t* rows, int64_t stride, int64_t ahead, int n, const float* limbs, int block,
                            const float* step, int queries, float* acc, int64_t acc_stride) {
   const int slab = packed_bytes(x.width, kernel_bits(x));
+  const auto weigh = [&](auto bits, auto tile, auto pieces, int m) {
+    constexpr int Bits = decltype(bits)::value, P = decltype(pieces)::value;
+    constexpr int bytes = Bits == 8 ? 16 * P : 16, planes = Bits == 8 ? 1 : P;  // that a tile takes at a time
+    const int quads = (n + 3) / 4;
+    for (int c = 0; c < slab; c += bytes)
+      for (int k = 0; k < 8 / Bits; k += planes) {
+        const uint8_t* of[P];
+        const float* steps[P];
+        float* to[P];
+        for (int p = 0; p < P; ++p) {
+          const int channel = Bits == 8 ? c + 8 * p : (k + p) * slab + c, at = channel / x.group * queries + m;
+          of[p] = reinterpret_cast<const uint8_t*>(limbs + static_cast<int64_t>(at) * block);
+          steps[p] = step + at;
+          to[p] = acc + m * acc_stride + channel;
+        }
+        const uint8_t* next = ahead && !k && !m ? rows + ahead + 4 * c * quads : nullptr;  // a share of it
+        weigh_tile_limbs<Bits, decltype(tile)::value, P>(rows + c, stride, next, quads, k, of, 4 * block, steps, to, acc_stride);
+      }
+  };
   with_bits(kernel_bits(x), [&](auto bits) {
     with_tiles(queries, [&](int m, auto tile) {
-      constexpr int Bits = decltype(bits)::value, MT = decltype(tile)::value, P = Bits == 8 ? 1 : 2;
-      const int quads = (n + 3) / 4;
-      for (int c = 0; c < slab; c += 16)
-        for (int k = 0; k < 8 / Bits; k += P) {
-          const uint8_t* of[P];
-          const float* steps[P];
-          float* to[P];
-          for (int p = 0; p < P; ++p) {
-            const int channel = (k + p) * slab + c, at = channel / x.group * queries + m;
-            of[p] = reinterpret_cast<const uint8_t*>(limbs + static_cast<int64_t>(at) * block);
-            steps[p] = step + at;
-            to[p] = acc + m * acc_stride + channel;
-          }
-          const uint8_t* next = ahead && !k && !m ? rows + ahead + 4 * c * quads : nullptr;  // a share of it
-          weigh_tile_limbs<Bits, MT, P>(rows + c, stride, next, quads, k, of, 4 * block, steps, to, acc_stride);
-        }
+      if (decltype(bits)::value == 8 && (slab % 32 || x.group % 32)) {
+        weigh(bits, tile, std::integral_constant<int, 1>{}, m);
+      } else {
+        weigh(bits, tile, std::integral_constant<int, 2>{}, m);
+      }
     });
   });
 }
