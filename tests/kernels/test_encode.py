@@ -13,20 +13,32 @@ native = pytest.importorskip("kvbudget.kernels.native", reason="the native exten
 @given(
     seed=st.integers(0, 2**31),
     bits=st.sampled_from([1, 2, 3, 4, 8]),
-    width=st.sampled_from([8, 24, 64, 80, 128]),
+    width=st.sampled_from([8, 24, 64, 80, 128, 192]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     size=st.sampled_from([1e-7, 1e-4, 1.0, 3e4, 1e30]),
     entries=st.sampled_from([0, 1, 5, 70]),
-    group=st.sampled_from([1, 3, 8, 20, 32]),
+    group=st.sampled_from([1, 3, 8, 20, 32, 64]),
+    sign=st.sampled_from([-1.0, 0.0, 1.0]),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_codes_scales_and_zeros(
-    instruction_set: str, seed: int, bits: int, width: int, dtype: torch.dtype, size: float, entries: int, group: int
+    instruction_set: str,
+    seed: int,
+    bits: int,
+    width: int,
+    dtype: torch.dtype,
+    size: float,
+    entries: int,
+    group: int,
+    sign: float,
 ) -> None:
-    """Tiny, huge, constant and offset groups; rows with a gap between them."""
+    """Tiny, huge, constant and offset groups, of one sign or both, with zeros of either sign; rows with a gap between them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(entries * group, width + 8, generator=generator) * torch.rand(width + 8, generator=generator)
     x = x.mul_(size).add_(torch.randn(width + 8, generator=generator) * size)
+    if sign:
+        x.abs_().mul_(sign)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = -0.0
     x[torch.rand(x.shape, generator=generator) < 0.1] = 0.0
     x[: group + 1] = size
     x = x.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)[:, :width]

@@ -9,6 +9,7 @@
 #endif
 
 #define KV_INLINE static inline __attribute__((always_inline))
+#define KV_MEMBER inline __attribute__((always_inline))
 
 namespace kvbudget {
 namespace {
@@ -80,6 +81,14 @@ KV_INLINE vf vmax(vf a, vf b) {
   return __builtin_ia32_maxps256(a, b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+KV_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX__) && !defined(__clang__)
+  return __builtin_ia32_minps256(a, b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -164,6 +173,8 @@ KV_INLINE float bf16_to_float(uint16_t h) {
 }
 
 typedef uint16_t v8u16 __attribute__((vector_size(16)));
+typedef int16_t v8i16 __attribute__((vector_size(16)));
+typedef int16_t v8i16_memory __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t v8u16_memory __attribute__((vector_size(16), aligned(1), may_alias));
 
 KV_INLINE vf load_bf16(const void* p) {
@@ -176,8 +187,8 @@ KV_INLINE vf load_bf16(const void* p) {
 
 KV_INLINE vf load_half(const void* p) {
 #if defined(__F16C__) && !defined(__clang__)
-  typedef short v8i16 __attribute__((vector_size(16)));
-  return __builtin_ia32_vcvtph2ps256((v8i16) * static_cast<const v8u16_memory*>(p));
+  typedef short v8short __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256((v8short) * static_cast<const v8u16_memory*>(p));
 #else
   vu h = __builtin_convertvector((v8u16) * static_cast<const v8u16_memory*>(p), vu);
   vf magnitude = (vf)((h & 0x7fffu) << 13) * splat(5.192296858534828e33f);
