@@ -6,7 +6,8 @@ cache, as the layers of a model do: what is measured is decoding, where other da
 
 A run of all lengths takes less than ten minutes and 4 GiB on an idle machine of two cores; the JSON grows with every shape.
 
-    python benchmarks/attention.py [--threads 2] [--lengths 1024,8192,32768,131072] [--json results/attention.json]
+    python benchmarks/attention.py [--threads 2] [--lengths 1024,8192,32768,131072] [--instruction-set avx2]
+        [--json results/attention.json]
 """
 
 import argparse
@@ -337,8 +338,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", default="1024,8192,32768,131072")
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and length")
+    parser.add_argument(
+        "--instruction-set", choices=["generic", "avx2", "avx512"], help="of the native kernels; default: the best"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.instruction_set:
+        from kvbudget.kernels import native  # not there where the extension was not built
+
+        native.use_instruction_set(args.instruction_set)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"kernels: {kernels.backend()}, torch {torch.__version__}")

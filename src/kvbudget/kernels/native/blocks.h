@@ -47,14 +47,17 @@ KV_INLINE void code_block(const uint8_t* row, const vf* s, const vf* z, const vf
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
 }
 
-// Codes of `count` blocks.
+// Codes of `count` blocks; what lies `ahead` bytes behind them is asked for.
 template <Type T>
-KV_INLINE void code_blocks(bool narrow, const uint8_t* row, int64_t stride, int count, const vf* s, const vf* z, const vf* inverse,
-                           int levels, uint8_t* codes, int pitch) {
-  if (narrow) {
-    for (int t = 0; t < count; ++t) code_block<T, false>(row + t * stride, s, z, inverse, levels, codes + t * pitch);
-  } else {
-    for (int t = 0; t < count; ++t) code_block<T, true>(row + t * stride, s, z, inverse, levels, codes + t * pitch);
+KV_INLINE void code_blocks(bool narrow, const uint8_t* row, int64_t stride, int64_t ahead, int count, const vf* s, const vf* z,
+                           const vf* inverse, int levels, uint8_t* codes, int pitch) {
+  for (int t = 0; t < count; ++t, row += stride, codes += pitch) {
+    for (int line = 0; line < (T == Type::f32 ? 128 : 64); line += 64) __builtin_prefetch(row + ahead + line);
+    if (__builtin_expect(narrow, 1)) {
+      code_block<T, false>(row, s, z, inverse, levels, codes);
+    } else {
+      code_block<T, true>(row, s, z, inverse, levels, codes);
+    }
   }
 }
 

@@ -10,28 +10,30 @@
 namespace kvbudget {
 namespace {
 
-KV_INLINE void store_words(uint8_t* p, vu x) { *reinterpret_cast<vu_memory*>(p) = x; }
-
 KV_INLINE uint8_t cut(int code, int levels) { return static_cast<uint8_t>(code < 0 ? 0 : code < levels ? code : levels); }
+
+// Slabs of codes from byte i on, a word at a time.
+template <class Word>
+KV_INLINE void pack_words(const uint8_t* codes, int slab, int bits, uint8_t* out, int& i) {
+  for (; i + static_cast<int>(sizeof(Word)) <= slab; i += sizeof(Word)) {
+    Word word, next;
+    std::memcpy(&word, codes + i, sizeof(Word));
+    for (int j = 1; j < 8 / bits; ++j) {
+      std::memcpy(&next, codes + i + j * slab, sizeof(Word));
+      word |= next << (j * bits);
+    }
+    std::memcpy(out + i, &word, sizeof(Word));
+  }
+}
 
 // Codes [width], a byte each, into slabs of `bits` bits each.
 KV_INLINE void pack_plane(const uint8_t* codes, int width, int bits, uint8_t* out) {
+  typedef uint32_t half_vu __attribute__((vector_size(16)));
   const int slab = packed_bytes(width, bits);
   int i = 0;
-  for (; i + 32 <= slab; i += 32) {
-    vu word = load_words(codes + i);
-    for (int j = 1; j < 8 / bits; ++j) word |= load_words(codes + i + j * slab) << (j * bits);
-    store_words(out + i, word);
-  }
-  for (; i + 8 <= slab; i += 8) {
-    uint64_t word, next;
-    std::memcpy(&word, codes + i, 8);
-    for (int j = 1; j < 8 / bits; ++j) {
-      std::memcpy(&next, codes + i + j * slab, 8);
-      word |= next << (j * bits);
-    }
-    std::memcpy(out + i, &word, 8);
-  }
+  pack_words<vu>(codes, slab, bits, out, i);
+  pack_words<half_vu>(codes, slab, bits, out, i);
+  pack_words<uint64_t>(codes, slab, bits, out, i);
   for (; i < slab; ++i) {
     int byte = 0;
     for (int j = 0; j < 8 / bits; ++j) byte |= codes[i + j * slab] << (j * bits);
@@ -170,7 +172,8 @@ void encode_tokens_in_blocks(const Dense& x, int bits, int group, int64_t begin,
     for (int n = 0; n < all; ++n) {
       const vf s = splat(lines.s[n]), z = splat(lines.z[n]), inverse = splat(lines.inverse[n]);
       const vf scales[] = {s, s, s, s}, zeros[] = {z, z, z, z}, inverses[] = {inverse, inverse, inverse, inverse};
-      code_blocks<T>(lines.narrow[n], from + at[n], kBlock * size, group / kBlock, scales, zeros, inverses, levels, codes + n * group, kBlock);
+      code_blocks<T>(lines.narrow[n], from + at[n], kBlock * size, kStrip * x.stride, group / kBlock, scales, zeros, inverses, levels,
+                     codes + n * group, kBlock);
     }
     pack_rows(codes, rows, D, bits, to.codes + t * bytes);
   }
@@ -232,7 +235,7 @@ void encode_units_of(const Dense& x, int bits, int unit, int64_t begin, int64_t 
           narrow &= *reinterpret_cast<const vi*>(lines.narrow + d + v * W);
         }
         const uint8_t* row = rows + d * (T == Type::f32 ? 4 : 2);
-        code_blocks<T>(every(narrow), row, x.stride, count, s, z, inverse, levels, codes + d, D);
+        code_blocks<T>(every(narrow), row, x.stride, unit * x.stride, count, s, z, inverse, levels, codes + d, D);
       }
 #endif
       for (; d < D; d += W) {
