@@ -111,6 +111,8 @@ class Attending(Cache):
         for layer in attending:
             layer.at = self._at.get((layer.juror or layer.store).layer_idx)
             layer.label = f"layer {layer.index} of {len(layers)}"
+        for at, store in enumerate(enforcer.layers):
+            store.sums = enforcer.sums(at)
         self._first, self._last = attending[0].index, attending[-1].index
         self._shares = parts.sharing is not None or any(layer.readers for layer in attending)
         self._special = self._shares or parts.projection is not None or parts.thinning
@@ -139,11 +141,12 @@ class Attending(Cache):
             return None
         self.broken = layer.label
         out, lse = self._outs[index], self._lses[index]
-        if not store.step(query, key, value, scale, softcap, out, lse):
+        ends = store.step(query, key, value, scale, softcap, out, lse, add=True)
+        if ends is None:
             return None
         layer.columns += 1
-        queries = None if lse is None or layer.at is None else Queries(query, lse, scale, softcap)
-        if queries is not None or store.rest < 0:
+        if not ends:
+            queries = None if lse is None or layer.at is None else Queries(query, lse, scale, softcap)
             if torch.is_inference_mode_enabled():
                 self._finish(layer, queries)
             else:

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvbudget.budget import solve
 from kvbudget.kernels import count_kept
 from kvbudget.layer import LayerCache
-from kvbudget.policy.base import Evicted, LayerAllocator
+from kvbudget.policy.base import Destination, Evicted, LayerAllocator, Scorer
+from kvbudget.policy.scoring import Sum
 from kvbudget.policy.selection import newest, protected_entries, select, votes
 from kvbudget.policy.view import View
 from kvbudget.shares import Shares
@@ -54,6 +55,17 @@ class Enforcer(Shares):
                 parts.scorer.observe(view)
             if parts.destination is not None:
                 parts.destination.observe(view)
+
+    def sums(self, index: int) -> tuple[Sum, ...] | None:
+        """What `observe` comes to for layer ``self.layers[index]`` where a forward brings one token; None: it has to look."""
+        scorer, destination, layers = self.parts.scorer, self.parts.destination, self.parts.layers
+        if scorer is None:
+            return ()
+        if destination is not None and type(destination).observe is not Destination.observe:
+            return None
+        if layers is not None and layers.leader(index) != index:
+            return ()
+        return scorer.sums(1) if type(scorer).observe is Scorer.observe else None
 
     def act(self, index: int, view: View) -> None:
         """What follows the statistics: the allocator's measurement, evictions and codecs."""

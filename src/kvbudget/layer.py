@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.entries import WINDOW_OVERRUN, LayerEntries
 from kvbudget.segments.lane import Lane
 from kvbudget.segments.ragged import ranges
+
+if TYPE_CHECKING:
+    from kvbudget.policy.scoring import Sum
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
 FEW_TOKENS = 8
@@ -49,7 +52,8 @@ class LayerCache(LayerEntries):
 
     A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything);
     ``reads`` says it where queries are answered again. While ``spills``, a token that finds the rows full may stay in a segment
-    of its own until the eviction that follows: where shares of layers move, none may follow.
+    of its own until the eviction that follows: where shares of layers move, none may follow. ``sums`` are what the scorer
+    adds to states after a token of each sequence (None: it has to look itself).
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class LayerCache(LayerEntries):
         self.selector = selector
         self.reads = reads
         self.spills = False
+        self.sums: Sequence[Sum] | None = ()
         self._lane: Lane | None = None
         self._fresh = False
 
@@ -110,7 +115,7 @@ class LayerCache(LayerEntries):
             return None
         out, lse = call.query.new_empty(batch, 1, heads, call.value.shape[-1]), torch.empty(batch, heads, 1)
         done = self.step(call.query, call.key, call.value, call.scale, call.softcap, out, lse)
-        return (out.transpose(1, 2), lse) if done else None
+        return None if done is None else (out.transpose(1, 2), lse)
 
     def step(
         self,
@@ -121,30 +126,34 @@ class LayerCache(LayerEntries):
         softcap: float | None,
         out: Tensor,
         lse: Tensor | None,
-    ) -> bool:
-        """One token of each sequence by the prepared lane; False, with nothing done, where that cannot be.
+        *,
+        add: bool = False,
+    ) -> bool | None:
+        """One token of each sequence by the prepared lane; None, with nothing done, where that cannot be.
 
-        The answer goes to ``out [B, 1, Hq, Dv]``, heads behind the token, and to ``lse [B, Hq, 1]`` float32.
+        The answer goes to ``out [B, 1, Hq, Dv]``, heads behind the token, and to ``lse [B, Hq, 1]`` float32. With ``add``,
+        the layer's `sums` may be added, too: true where they are, and nothing is to be evicted or sealed.
         """
         lane, main, seen, window = self._lane, self.main, self.seen, self.window
         if lane is None or lane.handle is None or lane.main != main or lane.front != self.front:
             if self.shift is not None or self.selector is not None or self.reads is not None or not main:
-                return False
+                return None
             if lane is None or lane.moved or lane.main != main or lane.front != self.front:
                 group = query.shape[1] // self.num_kv_heads
-                lane = self._lane = Lane(self.front, main, group, lane is not None and lane.wanted)
+                lane = self._lane = Lane(self.front, main, group, lane is not None and lane.wanted, self.sums)
             if lane.handle is None:
-                return False
+                return None
         rest = self.rest - 1
-        if not lane.step(query, key, value, seen, scale, softcap, window, out, lse):
+        add = add and rest >= 0 and lane.can_add
+        if not lane.step(query, key, value, seen, scale, softcap, window, out, lse, add=add):
             spills = self.spills and len(main) == 1 and window is None and not self.apart
             apart = lane.apart(key, value, seen) if spills else None
             if apart is None or not lane.step(query, key, value, seen, scale, softcap, window, out, lse, apart):
-                return False
+                return None
             main.append(apart)
-            rest = -1
+            rest, add = -1, False
         self.seen, self.rest, self._fresh = list(map(_NEXT, seen)), rest, True
-        return True
+        return add
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""

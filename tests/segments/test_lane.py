@@ -1,5 +1,7 @@
 """The prepared decode step answers, stores and sums as the longer way does, and steps aside where it cannot."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import kvbudget
 from kvbudget import kernels
 from kvbudget.codecs.integer import ChannelQuant, TokenQuant
 from kvbudget.layer import AttentionCall, LayerCache
+from kvbudget.policy.view import View
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from tiny import random_text, tiny_model
@@ -161,3 +164,29 @@ def test_models_decode_in_their_lanes(name: str, policy: str) -> None:
             model(ids[:, i : i + 1], past_key_values=cache)
             quick += all(layer.store._fresh for layer in cache.layers)
     assert quick >= 14
+
+
+@pytest.mark.parametrize("policy", ["snapkv(window=8)", "h2o+kivi(residual=32)", "ems(window=8)"])
+def test_sums_are_added_as_a_scorer_that_observes_adds_them(policy: str) -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=4), random_text(150)
+    caches = [kvbudget.KVCache(model, policy, 80) for _ in range(2)]
+    observed = [0, 0]
+    for layer in caches[1].layers:
+        layer.store.sums = None
+    for i, cache in enumerate(caches):
+        observe = cache.enforcer.observe
+
+        def counted(index: int, view: View, i: int = i, observe: Callable[..., None] = observe) -> None:
+            observed[i] += 1
+            observe(index, view)
+
+        cache.enforcer.observe = counted  # type: ignore[method-assign]
+        with torch.no_grad():
+            model(ids[:, :110], past_key_values=cache)
+            for j in range(110, 150):
+                model(ids[:, j : j + 1], past_key_values=cache)
+    assert observed[1] - observed[0] > 40  # of 80 steps of layers between the first and the last
+    for quick, slow in zip(*([View(layer.store) for layer in cache.layers] for cache in caches), strict=True):
+        assert torch.equal(quick.positions, slow.positions)
+        for name in caches[0].parts.scorer.states:
+            assert quick.state(name).any() and torch.equal(quick.state(name), slow.state(name))

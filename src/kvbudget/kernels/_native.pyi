@@ -50,6 +50,8 @@ class Lane:
         room: tuple[Sequence[int], ...],
         zeroed: Sequence[int],
         type: int,
+        first: int,
+        sums: list[tuple[Sequence[int], float, float]],
     ) -> None: ...
     def step(
         self,
@@ -66,12 +68,11 @@ class Lane:
         out: object,
         lse: int,
         keep_logits: bool,
+        add: bool,
         apart: int,
         threads: int,
     ) -> bool: ...
-    def accumulate(
-        self, first: int, states: Sequence[int], decay: Sequence[float], factor: float, threads: int
-    ) -> bool: ...
+    def accumulate(self, states: Sequence[int], decay: Sequence[float], factor: float, threads: int) -> bool: ...
 
 def instruction_set() -> str: ...
 def use(name: str) -> bool: ...

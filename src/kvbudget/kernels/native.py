@@ -130,12 +130,15 @@ def lane(
     room: tuple[Sequence[int], ...],
     states: Sequence[Tensor],
     dtype: torch.dtype,
+    first: int,
+    sums: list[tuple[Sequence[int], float, float]],
 ) -> Any:
     """The extension's prepared decode step (lane.h) of ``queries`` query heads per row; None where it cannot serve the segments.
 
     ``portions`` are ``((sealed, unit, tail) of keys, the same of values, starts of the entries, positions)`` per segment,
-    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns. What
-    comes back holds addresses and no tensors.
+    ``room`` the capacities per row of the last one's entries, key tail and value tail, ``states`` its float32 columns.
+    ``sums`` are what steps may add to columns of the segments from ``first`` on: addresses, decay and factor. What comes back
+    holds addresses and no tensors.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -153,7 +156,7 @@ def lane(
     if any(state.dtype is not torch.float32 or state.dim() != 1 for state in states):
         return None
     zeroed = [state.data_ptr() for state in states]
-    return _native.Lane(rows, queries, described, room, zeroed, TYPES[dtype])
+    return _native.Lane(rows, queries, described, room, zeroed, TYPES[dtype], first, sums)
 
 
 def mass(query: Tensor, key: Operand, lengths: Sequence[int], lse: Tensor, **options: Any) -> list[Tensor] | None:

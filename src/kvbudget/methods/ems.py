@@ -10,7 +10,7 @@ from kvbudget.errors import PolicyError
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.destinations.merge import MergeNearest
 from kvbudget.policy.scorers.window import WindowAttention
-from kvbudget.policy.scoring import pool
+from kvbudget.policy.scoring import Sum, pool
 from kvbudget.policy.view import View
 
 
@@ -20,9 +20,8 @@ class GlobalLocal(WindowAttention):
 
     states: ClassVar[tuple[str, ...]] = ("votes", "received")
 
-    def observe(self, view: View) -> None:
-        super().observe(view)
-        view.add_mass("received", group=self.reduction)
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        return (*super().sums(new), Sum("received", group=self.reduction))
 
     def score(self, view: View) -> Tensor:
         seen = torch.tensor(view.seen, device=view.positions.device)[:, None, None]

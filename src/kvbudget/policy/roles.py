@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from kvbudget.policy.scoring import Sum
 from kvbudget.segments.dense import DenseSegment
 
 if TYPE_CHECKING:
@@ -53,8 +54,17 @@ class Scorer(Part, ABC):
         """
         return 0.0
 
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        """The attention mass that `observe` adds to states where a forward brings a sequence ``new`` tokens."""
+        return ()
+
     def observe(self, view: View) -> None:
-        """Updates running states after the attention of a forward; `View` then covers the new entries too."""
+        """Updates running states after the attention of a forward; `View` then covers the new entries too.
+
+        Where this is left as it is, decode steps add the `sums` without it.
+        """
+        for each in zip(*map(self.sums, view.new_tokens), strict=True):
+            view.add_mass(each[0].name, each[0].last, [one.decay for one in each], each[0].group)
 
     def probe(self, view: View, spans: Sequence[Span]) -> None:
         """Updates running states in an extra pass that a plan runs on top of the cache; its tokens are not held.

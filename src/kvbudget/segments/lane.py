@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,23 +14,34 @@ from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
+if TYPE_CHECKING:
+    from kvbudget.policy.scoring import Sum
+
 
 class Lane:
     """Appends one entry to every row of the last of the ``main`` segments and attends to all that they hold.
 
     It serves what the extension can do alone: one query step, entries without counts, formats that it knows. ``front``
-    segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for. Where the
-    segments cannot be served, there is no ``handle``, and whoever asks takes the longer way until something has ``moved``.
+    segments are a destination's own and take no part in attention mass; ``wanted`` says that mass is asked for, and ``sums``
+    what a step may add to states by itself, if it ``can_add`` that. Where the segments cannot be served, there is no
+    ``handle``, and whoever asks takes the longer way until something has ``moved``.
 
     Where rows are as full as their limits allow, the last segment would move for one entry that is about to make another one
     leave: the new entries may then stay in a segment of their own, ``spilled``, for the eviction to join.
     """
 
-    def __init__(self, front: Sequence[Segment], main: Sequence[Segment], queries: int, wanted: bool = False) -> None:
+    def __init__(
+        self,
+        front: Sequence[Segment],
+        main: Sequence[Segment],
+        queries: int,
+        wanted: bool = False,
+        sums: Sequence[Sum] | None = (),
+    ) -> None:
         self.front, self.main = list(front), list(main)
         self.handle: Any = None
         self.moved = False
-        self.kept, self.wanted = False, wanted
+        self.kept, self.wanted, self.can_add = False, wanted or bool(sums), False
         self.spilled: DenseSegment | None = None
         segments = [*front, *main]
         for segment in segments:
@@ -53,13 +64,19 @@ class Lane:
             for segment, (k, v) in zip(segments, sides, strict=True)
         ]
         room = (newest.capacities, key.table.capacities, value.table.capacities)
-        self.handle = kernels.lane(newest.num_rows, queries, portions, room, zeroed, self.dtype)
         tables = [segment.meta for segment in main]
         self.states = {
             name: [table.columns[name].data_ptr() for table in tables]
             for name in newest.columns
             if all(name in table.columns and name not in table.borrowed for table in tables)
         }
+        added = []
+        single = queries == 1
+        if sums is not None and all(one.name in self.states and (one.group != "max" or single) for one in sums):
+            self.can_add = True
+            added = [(self.states[n], fade, 1 / queries if group == "mean" else 1.0) for n, fade, _, group in sums]
+        rows, first = newest.num_rows, len(front)
+        self.handle = kernels.lane(rows, queries, portions, room, zeroed, self.dtype, first, added)
 
     def leave(self) -> None:
         """A storage has moved, or may no longer be written: the addresses must not be used, nor segments be kept alive."""
@@ -78,18 +95,20 @@ class Lane:
         out: Tensor,
         lse: Tensor | None,
         apart: DenseSegment | None = None,
+        *,
+        add: bool = False,
     ) -> bool:
         """Stores ``key [B, Hkv, 1, D]`` and ``value [B, Hkv, 1, Dv]`` and answers ``query [B, Hq, 1, D]``.
 
         ``seen`` are the positions of the new entries per sequence; with ``apart``, which holds the same entries, they are not
-        stored. The answer goes to ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32. False, with
-        nothing done, where that cannot be.
+        stored. The answer goes to ``out [B, 1, Hq, Dv]`` in the query's dtype and ``lse [B, Hq, 1]`` float32; with ``add``,
+        the attention mass goes to the states of the lane's sums. False, with nothing done, where that cannot be.
         """
         self.spilled, wanted = None, self.wanted
         positions = 0 if apart is None else apart.meta.columns["position"].data_ptr()
         done = self.handle.step(
             query, key, value, self.dtype, seen, self.held, self.grown, scale, softcap, window, out,
-            0 if lse is None else lse.data_ptr(), wanted, positions, torch.get_num_threads(),
+            0 if lse is None else lse.data_ptr(), wanted, add, positions, torch.get_num_threads(),
         )  # fmt: skip
         self.kept = wanted and done
         if done:
@@ -124,4 +143,4 @@ class Lane:
         states = self.states[name]
         if self.spilled is not None:
             states = [*states, self.spilled.meta.columns[name].data_ptr()]
-        return self.handle.accumulate(len(self.front), states, decay, factor, torch.get_num_threads())
+        return self.handle.accumulate(states, decay, factor, torch.get_num_threads())

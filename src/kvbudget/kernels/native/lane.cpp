@@ -51,8 +51,8 @@ void write(const float* from, Type type, size_t count, uint8_t* to) {
 
 }  // namespace
 
-Lane::Lane(int rows, int queries, std::vector<Portion> given, Room room)
-    : portions(std::move(given)), rows_(rows), queries_(queries), room_(std::move(room)) {
+Lane::Lane(int rows, int queries, std::vector<Portion> given, Room room, size_t first, std::vector<Sum> sums)
+    : portions(std::move(given)), rows_(rows), queries_(queries), room_(std::move(room)), first_(first), sums_(std::move(sums)) {
   Integers one_each(rows);
   for (int r = 0; r < rows; ++r) one_each[r] = r;
   for (Side Portion::*side : {&Portion::key, &Portion::value}) {
@@ -157,15 +157,16 @@ bool Lane::step(const Kernels& kernels, const Step& step, int threads) {
   write(out.data(), step.type, cells * width, step.out);
   if (step.lse) std::copy_n(lse.data(), cells, step.lse);
   if (step.keep_logits) kept.lane = this, kept.lse.swap(lse);
+  if (step.add)
+    for (const Sum& sum : sums_) accumulate(kernels, sum, threads);
   return true;
 }
 
-bool Lane::accumulate(const Kernels& kernels, size_t first, const std::vector<float*>& states, const std::vector<float>& decay,
-                      float factor, int threads) const {
+bool Lane::accumulate(const Kernels& kernels, const Sum& to, int threads) const {
   if (kept.lane != this) return false;
   std::vector<float> sums;
   for (const Stretch& stretch : kept.stretches) {
-    if (stretch.portion < first) continue;
+    if (stretch.portion < first_) continue;
     size_t total = 0;
     for (const int64_t n : stretch.lengths) total += static_cast<size_t>(n);
     if (sums.size() < total) sums.resize(total);
@@ -173,8 +174,9 @@ bool Lane::accumulate(const Kernels& kernels, size_t first, const std::vector<fl
                    sums.data());
     const float* sum = sums.data();
     for (int r = 0; r < rows_; ++r) {
-      float* state = states[stretch.portion - first] + portion(stretch.portion).starts[r] + stretch.begins[r];
-      for (int64_t t = 0; t < stretch.lengths[r]; ++t) state[t] = decay[r] * state[t] + factor * *sum++;
+      float* state = to.states[stretch.portion - first_] + portion(stretch.portion).starts[r] + stretch.begins[r];
+      const float decay = to.decay[r], factor = to.factor;
+      for (int64_t t = 0; t < stretch.lengths[r]; ++t) state[t] = decay * state[t] + factor * *sum++;
     }
   }
   return true;

@@ -36,6 +36,14 @@ struct Room {
   std::vector<uint8_t*> zeroed;
 };
 
+// What a step adds to states: state <- decay[r] * state + factor * (attention weight, summed over the row's queries), one address
+// per portion that takes part.
+struct Sum {
+  std::vector<float*> states;
+  std::vector<float> decay;
+  float factor;
+};
+
 struct Step {
   const uint8_t *query, *key, *value;  // [rows, M, D], [rows, D], [rows, Dv]
   Type type;                           // of the three and of out
@@ -45,21 +53,21 @@ struct Step {
   const uint8_t* apart;  // the same as int32, where the new entries are not to be stored; else null
   uint8_t* out;        // [rows, M, Dv]
   float* lse;          // [rows, M] or null
-  bool keep_logits;
+  bool keep_logits, add;
 };
 
 class Lane {
  public:
-  Lane(int rows, int queries, std::vector<Portion> portions, Room room);
+  // Sums are those of the portions from `first` on, whose states begin like their positions.
+  Lane(int rows, int queries, std::vector<Portion> portions, Room room, size_t first, std::vector<Sum> sums);
 
-  // Stores the new entries (or reads them where they are) and attends; false, with nothing done, where a row has no room left.
+  // Stores the new entries (or reads them where they are), attends, and adds the sums where the step says so; false, with nothing
+  // done, where a row has no room left.
   bool step(const Kernels&, const Step&, int threads);
 
-  // state <- decay[r] * state + factor * (attention weight, summed over the last step's queries) for every entry of the
-  // portions from `first` on, whose states begin like their positions, and at last of new entries that were not stored; false
-  // where another step has come between.
-  bool accumulate(const Kernels&, size_t first, const std::vector<float*>& states, const std::vector<float>& decay, float factor,
-                  int threads) const;
+  // Adds the last step's sum, also to one more state, of new entries that were not stored; false where another step has come
+  // between.
+  bool accumulate(const Kernels&, const Sum& sum, int threads) const;
 
   std::vector<Portion> portions;
 
@@ -70,6 +78,8 @@ class Lane {
 
   int rows_, queries_;
   Room room_;
+  size_t first_;
+  std::vector<Sum> sums_;
   Portion apart_;  // one entry per row, or none
 };
 

@@ -290,16 +290,27 @@ Integers lengths_of(const nb::handle& table) {
   return table.is_none() ? Integers() : nb::cast<Integers>(member(table, name));
 }
 
-// portions: (key side, value side, starts, positions) per segment; room: capacities per row of the last segment's entries, key tail
-// and value tail; zeroed: addresses of its columns that begin with zero.
 struct BoundLane {
   kvbudget::Lane lane;
   int rows, queries;
   kvbudget::Type type;
 };
 
+// decay: one number per sequence, or per row.
+kvbudget::Sum sum(const std::vector<uintptr_t>& states, const std::vector<float>& decay, float factor, int rows) {
+  const size_t count = static_cast<size_t>(rows);
+  if (decay.empty() || count % decay.size()) throw std::invalid_argument("one decay per sequence or per row is needed");
+  kvbudget::Sum made{{}, std::vector<float>(count), factor};
+  for (const uintptr_t state : states) made.states.push_back(reinterpret_cast<float*>(state));
+  for (size_t r = 0; r < count; ++r) made.decay[r] = decay[r * decay.size() / count];
+  return made;
+}
+
+// portions: (key side, value side, starts, positions) per segment; room: capacities per row of the last segment's entries, key tail
+// and value tail; zeroed: addresses of its columns that begin with zero; first, sums: what steps may add to columns of the segments
+// from the first on, (addresses, decay, factor) each.
 BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple& room, const std::vector<uintptr_t>& zeroed,
-                int type) {
+                int type, int first, const nb::list& sums) {
   std::vector<kvbudget::Portion> made;
   for (const nb::handle item : portions) {
     const nb::tuple t = nb::cast<nb::tuple>(item);
@@ -311,7 +322,13 @@ BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple
   }
   kvbudget::Room space{nb::cast<Integers>(room[0]), nb::cast<Integers>(room[1]), nb::cast<Integers>(room[2]), {}};
   for (const uintptr_t column : zeroed) space.zeroed.push_back(reinterpret_cast<uint8_t*>(column));
-  return new BoundLane{{rows, queries, std::move(made), std::move(space)}, rows, queries, static_cast<kvbudget::Type>(type)};
+  std::vector<kvbudget::Sum> added;
+  for (const nb::handle item : sums) {
+    const nb::tuple t = nb::cast<nb::tuple>(item);
+    added.push_back(sum(nb::cast<std::vector<uintptr_t>>(t[0]), {nb::cast<float>(t[1])}, nb::cast<float>(t[2]), rows));
+  }
+  return new BoundLane{{rows, queries, std::move(made), std::move(space), static_cast<size_t>(first), std::move(added)},
+                       rows, queries, static_cast<kvbudget::Type>(type)};
 }
 
 // query, key, value and out are tensors of this dtype, lse is the address of float32 numbers or 0; seen: positions of the new entries, per sequence; held: of each
@@ -320,7 +337,8 @@ BoundLane* lane(int rows, int queries, const nb::list& portions, const nb::tuple
 // else 0. False, with nothing done, where the tensors are others than the lane was made for, or a row has no room.
 bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key, const nb::handle& value, const nb::handle& dtype,
                const Integers& seen, const nb::list& held, const nb::list& grown, float scale, std::optional<float> softcap,
-               std::optional<int64_t> window, const nb::handle& out, uintptr_t lse, bool keep_logits, uintptr_t apart, int threads) {
+               std::optional<int64_t> window, const nb::handle& out, uintptr_t lse, bool keep_logits, bool add, uintptr_t apart,
+               int threads) {
   const int64_t rows = bound.rows, asked = rows * bound.queries;
   const kvbudget::Portion& last = bound.lane.portions.back();
   const int64_t width = last.key.tail.width, value_width = last.value.tail.width;
@@ -352,7 +370,8 @@ bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key,
                             reinterpret_cast<const uint8_t*>(apart),
                             const_cast<uint8_t*>(data_of(out)),
                             reinterpret_cast<float*>(lse),
-                            keep_logits};
+                            keep_logits,
+                            add};
   {
     nb::gil_scoped_release release;
     if (!bound.lane.step(*kernels, step, threads)) return false;
@@ -366,17 +385,11 @@ bool lane_step(BoundLane& bound, const nb::handle& query, const nb::handle& key,
   return true;
 }
 
-// decay: one number per sequence, or per row.
-bool lane_accumulate(const BoundLane& bound, int first, const std::vector<uintptr_t>& states, const std::vector<float>& decay,
-                     float factor, int threads) {
-  std::vector<float*> columns;
-  for (const uintptr_t state : states) columns.push_back(reinterpret_cast<float*>(state));
-  const size_t rows = static_cast<size_t>(bound.rows);
-  if (decay.empty() || rows % decay.size()) throw std::invalid_argument("one decay per sequence or per row is needed");
-  std::vector<float> each(rows);
-  for (size_t r = 0; r < rows; ++r) each[r] = decay[r * decay.size() / rows];
+bool lane_accumulate(const BoundLane& bound, const std::vector<uintptr_t>& states, const std::vector<float>& decay, float factor,
+                     int threads) {
+  const kvbudget::Sum made = sum(states, decay, factor, bound.rows);
   nb::gil_scoped_release release;
-  return bound.lane.accumulate(*kernels, static_cast<size_t>(first), columns, each, factor, threads);
+  return bound.lane.accumulate(*kernels, made, threads);
 }
 
 bool use(const std::string& name) {

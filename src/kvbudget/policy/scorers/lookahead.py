@@ -9,7 +9,7 @@ import torch
 from kvbudget.policy.base import Span
 from kvbudget.policy.judging import log_weights, of_head, write
 from kvbudget.policy.scorers.window import WindowAttention
-from kvbudget.policy.scoring import reduce_group
+from kvbudget.policy.scoring import Sum, reduce_group
 from kvbudget.policy.view import View
 
 
@@ -30,10 +30,9 @@ class LookaheadAttention(WindowAttention):
         if self.window:
             super().__post_init__()
 
-    def observe(self, view: View) -> None:
-        for name, window in (("votes", self.first), ("late", self.window)):
-            if window:
-                view.add_mass(name, window, [max(0.0, 1.0 - new / window) for new in view.new_tokens], self.reduction)
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        windows = (("votes", self.first), ("late", self.window))
+        return tuple(Sum(name, max(0.0, 1.0 - new / n), n, self.reduction) for name, n in windows if n)
 
     def probe(self, view: View, spans: Sequence[Span]) -> None:
         assert view.queries is not None

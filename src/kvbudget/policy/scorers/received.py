@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import by_layer
+from kvbudget.policy.scoring import Sum, by_layer
 from kvbudget.policy.view import View
 
 
@@ -21,8 +21,8 @@ class AccumulatedAttention(Scorer):
 
     states: ClassVar[tuple[str, ...]] = ("received",)
 
-    def observe(self, view: View) -> None:
-        view.add_mass("received")
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        return (Sum("received"),)
 
     def score(self, view: View) -> Tensor:
         return view.state("received")
@@ -34,8 +34,8 @@ class HeadNewestAttention(Scorer):
 
     states: ClassVar[tuple[str, ...]] = ("newest",)
 
-    def observe(self, view: View) -> None:
-        view.add_mass("newest", 1, [0.0 if new else 1.0 for new in view.new_tokens])
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        return (Sum("newest", 0.0 if new else 1.0, 1),)
 
     def score(self, view: View) -> Tensor:
         return view.state("newest")

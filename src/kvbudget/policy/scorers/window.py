@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import Pooling, Reduction, check_window, pool
+from kvbudget.policy.scoring import Pooling, Reduction, Sum, check_window, pool
 from kvbudget.policy.view import View
 
 
@@ -31,9 +31,8 @@ class WindowAttention(Scorer):
     def __post_init__(self) -> None:
         check_window(self.window)
 
-    def observe(self, view: View) -> None:
-        decay = [max(0.0, 1.0 - new / self.window) for new in view.new_tokens]
-        view.add_mass("votes", self.window, decay, self.reduction)
+    def sums(self, new: int) -> tuple[Sum, ...]:
+        return (Sum("votes", max(0.0, 1.0 - new / self.window), self.window, self.reduction),)
 
     def score(self, view: View) -> Tensor:
         newest = view.positions >= view.age - self.window
