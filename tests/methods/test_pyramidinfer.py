@@ -129,3 +129,18 @@ def test_the_schedule_and_what_is_refused():
         KVCache(tiny_model("llama"), "snapkv+adakv+pyramidinfer", 80)
     with pytest.raises(PolicyError, match=r"decay=1\.5"):
         KVCache(tiny_model("llama"), "pyramidinfer(decay=1.5)", 80)
+
+
+def test_queries_that_come_alone_weigh_as_the_newest_of_a_window():
+    model, ids, votes = tiny_model("llama"), random_text(103), []
+    for quick in (True, False):
+        cache = KVCache(model, f"pyramidinfer(window={WINDOW})", 95)
+        if not quick:
+            for layer in cache.layers:
+                layer.store._step = lambda call: None
+        with torch.inference_mode():
+            for begin, end in ((0, 100), (100, 101), (101, 102), (102, 103)):
+                model(ids[:, begin:end], past_key_values=cache)
+        votes.append([View(layer.store).state("votes") for layer in cache.layers])
+    for a, b in zip(*votes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

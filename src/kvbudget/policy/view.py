@@ -185,18 +185,21 @@ class View:
         queries, layer = self._asked(), self.layer
         one = queries.valid is None and queries.query.shape[2] == 1
         query, lse = (queries.query, queries.lse) if one else queries.last(last)
-        if weights is not None:
+        weight = 1.0
+        if weights is not None and one:  # whose logits may have been kept, and are met with the lse that they had
+            weight = float(weights[-1])
+        elif weights is not None:
             lse = lse - weights[-lse.shape[-1] :].log()
         members = query.shape[1] // layer.num_kv_heads
         fading = decay or [1.0] * len(layer.seen)
         if group != "max" or members == 1:
-            layer.add_mass(name, query, lse, queries, fading, 1 / members if group == "mean" else 1.0)
+            layer.add_mass(name, query, lse, queries, fading, weight / members if group == "mean" else weight)
             return
         rows_decay = [d for d in fading for _ in range(layer.num_kv_heads)]
         each = [slice(g, None, members) for g in range(members)]
         for found in zip(*(list(self.layer.masses(query[:, at], lse[:, at], queries)) for at in each), strict=True):
             rows = [torch.stack(row).amax(0) for row in zip(*(mass for _, mass in found), strict=True)]
-            found[0][0].add_to_state(name, rows, rows_decay)
+            found[0][0].add_to_state(name, rows, rows_decay, weight)
 
     def window_attention(self, last: int) -> Tensor:
         """Attention weights of the newest ``last`` queries: float32 ``[B, Hkv, G, W, T]``, causal, over all entries.
