@@ -14,9 +14,9 @@ from kvbudget.budget import solve
 from kvbudget.kernels import count_kept
 from kvbudget.layer import LayerCache
 from kvbudget.policy.base import Destination, Evicted, LayerAllocator, Scorer
-from kvbudget.policy.scoring import Sum
 from kvbudget.policy.selection import newest, protected_entries, select, votes
 from kvbudget.policy.view import View
+from kvbudget.segments.lane import Sum
 from kvbudget.shares import Shares
 
 

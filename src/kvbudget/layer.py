@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from kvbudget.kernels.reference import Partial
 from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.entries import WINDOW_OVERRUN, LayerEntries
-from kvbudget.segments.lane import Lane
+from kvbudget.segments.lane import Lane, Sum
 from kvbudget.segments.ragged import ranges
-
-if TYPE_CHECKING:
-    from kvbudget.policy.scoring import Sum
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
 FEW_TOKENS = 8

@@ -10,8 +10,9 @@ from kvbudget.errors import PolicyError
 from kvbudget.policy.base import Protect, Recipe
 from kvbudget.policy.destinations.merge import MergeNearest
 from kvbudget.policy.scorers.window import WindowAttention
-from kvbudget.policy.scoring import Sum, pool
+from kvbudget.policy.scoring import pool
 from kvbudget.policy.view import View
+from kvbudget.segments.lane import Sum
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from kvbudget.policy.scoring import Sum
 from kvbudget.segments.dense import DenseSegment
+from kvbudget.segments.lane import Sum
 
 if TYPE_CHECKING:
     from kvbudget.costs import EntryCost

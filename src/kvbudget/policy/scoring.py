@@ -1,6 +1,6 @@
 """Parts that many scorers share: pooling over positions and reductions over the GQA group."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,18 +9,6 @@ from kvbudget.errors import PolicyError
 
 Reduction = Literal["mean", "max", "sum"]
 Pooling = Literal["avg", "max", "none"]
-
-
-class Sum(NamedTuple):
-    """What a running state gathers: ``state <- decay * state + attention mass`` of a forward's newest ``last`` queries.
-
-    ``last`` is None for all of them; ``group`` reduces the GQA group.
-    """
-
-    name: str
-    decay: float = 1.0
-    last: int | None = None
-    group: Reduction = "mean"
 
 
 def check_window(window: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,17 @@ from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import RaggedTable
 
-if TYPE_CHECKING:
-    from kvbudget.policy.scoring import Sum
+
+class Sum(NamedTuple):
+    """What a running state gathers: ``state <- decay * state + attention mass`` of a forward's newest ``last`` queries.
+
+    ``last`` is None for all of them; ``group`` reduces the GQA group.
+    """
+
+    name: str
+    decay: float = 1.0
+    last: int | None = None
+    group: Literal["mean", "max", "sum"] = "mean"
 
 
 class Lane:

@@ -9,8 +9,9 @@ import torch
 from kvbudget.policy.base import Span
 from kvbudget.policy.judging import log_weights, of_head, write
 from kvbudget.policy.scorers.window import WindowAttention
-from kvbudget.policy.scoring import Sum, reduce_group
+from kvbudget.policy.scoring import reduce_group
 from kvbudget.policy.view import View
+from kvbudget.segments.lane import Sum
 
 
 @dataclass(frozen=True)

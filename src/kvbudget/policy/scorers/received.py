@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import Sum, by_layer
+from kvbudget.policy.scoring import by_layer
 from kvbudget.policy.view import View
+from kvbudget.segments.lane import Sum
 
 
 @dataclass(frozen=True)

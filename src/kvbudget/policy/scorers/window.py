@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbudget.policy.base import Scorer
-from kvbudget.policy.scoring import Pooling, Reduction, Sum, check_window, pool
+from kvbudget.policy.scoring import Pooling, Reduction, check_window, pool
 from kvbudget.policy.view import View
+from kvbudget.segments.lane import Sum
 
 
 @dataclass(frozen=True)
