@@ -3,6 +3,7 @@
 //   g++ -std=c++17 -O3 -mavx2 -mfma -mf16c -Wno-psabi -I src/kvbudget/kernels/native benchmarks/instructions.cpp -o count
 //   ./count 64 3 4            head_dim, queries, bits (32 and 16: dense): time-stamp cycles per entry, data in the cache
 //   ./count 64 3 4 stream     the same with data from memory, beside what reading these bytes alone takes
+//   ./count 64 3 4 encode     of encoding bf16 entries instead, the least of many turns, data in the cache
 //   -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=256 added: the AVX-512 kernels, cycles only
 //   valgrind --tool=callgrind --toggle-collect='*attend*' ./count 64 3 4 once     instructions of 2048 entries
 #define KV_TABLE avx2_kernels
@@ -43,6 +44,30 @@ static unsigned long long read(const uint8_t* p, size_t n) {
   return __rdtsc() - begin;
 }
 
+// Least cycles per entry of encoding in groups of 32, per channel and per token.
+static void encoding(int width, int bits) {
+  constexpr int kRows = 8 * kEntries, kTurns = 400;
+  const size_t bytes_of_codes = static_cast<size_t>(kRows) * width;
+  const Bytes entries(static_cast<uint8_t*>(std::aligned_alloc(64, 2 * bytes_of_codes)), std::free);
+  for (size_t i = 0; i < bytes_of_codes; ++i) {
+    const float x = static_cast<float>(std::rand() % 20001 - 10000) / 3000.0f;
+    std::memcpy(entries.get() + 2 * i, reinterpret_cast<const uint8_t*>(&x) + 2, 2);
+  }
+  const Bytes codes = bytes(bytes_of_codes, 0), scale = bytes(bytes_of_codes, 0), zero = bytes(bytes_of_codes, 0);
+  const Dense x{entries.get(), Type::bf16, 2 * width, width};
+  const Encoded to{codes.get(), scale.get(), zero.get()};
+  const Kernels& kernels = avx2_kernels();
+  for (const bool units : {true, false}) {
+    unsigned long long least = ~0ull;
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const unsigned long long begin = __rdtsc();
+      (units ? kernels.encode_units : kernels.encode_tokens)(x, bits, kGroup, 0, units ? kRows / kGroup : kRows, to);
+      least = std::min<unsigned long long>(least, __rdtsc() - begin);
+    }
+    std::printf("encoding per %s: %.1f cycles per entry\n", units ? "channel" : "token", static_cast<double>(least) / kRows);
+  }
+}
+
 static double median(std::vector<unsigned long long> turns) {
   std::nth_element(turns.begin(), turns.begin() + turns.size() / 2, turns.end());
   return static_cast<double>(turns[turns.size() / 2]) / kEntries;
@@ -51,6 +76,7 @@ static double median(std::vector<unsigned long long> turns) {
 int main(int, char** arguments) {
   const int width = std::atoi(arguments[1]), queries = std::atoi(arguments[2]), bits = std::atoi(arguments[3]);
   const char* mode = arguments[4] ? arguments[4] : "";
+  if (!std::strcmp(mode, "encode")) return encoding(width, bits), 0;
   const bool once = !std::strcmp(mode, "once"), stream = !std::strcmp(mode, "stream");
   const bool dense = bits >= 16;
   const size_t side = static_cast<size_t>(kEntries) * width * bits / 8;  // bytes of keys, and of values
