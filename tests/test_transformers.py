@@ -9,6 +9,7 @@ from transformers import DynamicCache, StoppingCriteria, pipeline
 
 from kvbudget import KVCache
 from kvbudget.errors import CacheError
+from kvbudget.policy.view import View
 from tiny import (
     in_chunks,
     left_padded,
@@ -25,6 +26,11 @@ ROWS = [random_text(length, seed=length) for length in (9, 31, 44)]
 BIG = "1GiB"
 LOSSLESS = (("full", None), ("snapkv", BIG), ("snapkv+adakv", 1000))
 SMALL = (("snapkv(window=8)", 24), ("streaming_llm", "40KiB"), ("snapkv(window=8)+adakv", 24))
+READING = (
+    "mpcache(size=4)",
+    "snapkv(window=8)+neurocache(top=3, window=4, start=0.0)",
+    "snapkv(window=8)+kcache(top=3)",
+)
 MODES = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
@@ -365,6 +371,18 @@ def test_crop_of_recurrent_states_is_refused_outside_of_speculation():
 # -- speculation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", READING[:2])
+@pytest.mark.parametrize("kind", ("prompt lookup", "assistant"))
+def test_speculation_that_reads_a_part_equals_greedy_decoding_that_does(kind: str, policy: str):
+    model, prompt = served_model("llama"), PROMPT[:, :20].repeat(1, 3)
+    options = {"prompt_lookup_num_tokens": 4}
+    if kind != "prompt lookup":
+        options = {"assistant_model": tiny_model("llama", seed=1)}
+    past, plain = KVCache(model, policy, BIG), KVCache(model, policy, BIG)
+    assert torch.equal(greedy(model, prompt, past, new=30, **options), greedy(model, prompt, plain, new=30))
+    assert state_of(past) == state_of(plain)
+
+
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2-sliding", "gpt2", "lfm2"))
 @pytest.mark.parametrize("kind", ("prompt lookup", "assistant", "equal assistant"))
 def test_speculation_equals_greedy_decoding_at_full_budget(kind: str, name: str):
@@ -379,7 +397,27 @@ def test_speculation_equals_greedy_decoding_at_full_budget(kind: str, name: str)
     assert past.seen == [89] and not past.pending
 
 
-@pytest.mark.parametrize(("policy", "budget"), SMALL)
+@pytest.mark.parametrize("policy", READING)
+def test_drafts_read_and_judge_as_single_tokens_do(policy: str):
+    """More drafts than a forward of decoding has otherwise; the prompt repeats tokens, whose values are equal in layer 0."""
+    model = served_model("llama")
+    text = torch.cat([PROMPT[:, :20].repeat(1, 3), MESSAGE[:, :10]], dim=1)
+    past, plain = KVCache(model, policy, BIG), KVCache(model, policy, BIG)
+    for cache in (past, plain):
+        model(text[:, :60], past_key_values=cache)
+    past.activate_past_recording()
+    model(text[:, 60:61], past_key_values=past)
+    past.crop(0)
+    found = model(torch.cat([text[:, 61:], MESSAGE[:, 12:]], dim=1), past_key_values=past).logits[:, :9]
+    past.crop(-13)
+    expected = torch.cat([model(token, past_key_values=plain).logits for token in text[:, 60:].split(1, 1)], 1)
+    close(found, expected[:, 1:])
+    assert past.seen == [70]
+    if policy.startswith("mpcache"):
+        close(View(past.enforcer.layers[1]).state("highest"), View(plain.enforcer.layers[1]).state("highest"), 1e-6)
+
+
+@pytest.mark.parametrize(("policy", "budget"), (*SMALL, *((policy, 24) for policy in READING[:2])))
 @pytest.mark.parametrize("kind", ("prompt lookup", "assistant"))
 def test_speculation_under_a_small_budget_leaves_no_trace_of_rejected_tokens(kind: str, policy: str, budget: object):
     """Replays the accepted tokens, forward by forward, through a cache that never saw a rejected one."""

@@ -323,6 +323,8 @@ class Attending(Cache):
         for index, queries in sorted(recorded.items()):
             self._finish(self.layers[index], queries.without_newest(removed))
         self.enforcer.filled = True
+        for store in self.enforcer.layers:  # the first forward that is recorded may bring a prompt, too
+            store.verifying = self.recording
 
     @property
     def stores(self) -> list[LayerCache]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class LayerCache(LayerEntries):
     A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything);
     ``reads`` says it where queries are answered again. While ``spills``, a token that finds the rows full may stay in a segment
     of its own until the eviction that follows: where shares of layers move, none may follow. ``sums`` are what the scorer
-    adds to states after a token of each sequence (None: it has to look itself).
+    adds to states after a token of each sequence (None: it has to look itself). While ``verifying``, forwards bring drafts of
+    tokens that would come one by one, however many.
     """
 
     def __init__(
@@ -65,10 +67,15 @@ class LayerCache(LayerEntries):
         super().__init__(layer_idx, num_kv_heads, **options)
         self.selector = selector
         self.reads = reads
-        self.spills = False
+        self.spills = self.verifying = False
         self.sums: Sequence[Sum] | None = ()
         self._lane: Lane | None = None
         self._fresh = False
+
+    @property
+    def few(self) -> int:
+        """The most tokens that a forward of decoding brings to a sequence."""
+        return sys.maxsize if self.verifying else FEW_TOKENS
 
     @property
     def rests(self) -> bool:
@@ -167,7 +174,7 @@ class LayerCache(LayerEntries):
         whole = None
         if not selector.prefill:
             new = call.query.shape[2] if call.valid is None else call.valid.sum(1)
-            whole = torch.as_tensor(new, device=call.query.device).expand(call.query.shape[0]) > FEW_TOKENS
+            whole = torch.as_tensor(new, device=call.query.device).expand(call.query.shape[0]) > self.few
             if bool(whole.all()):
                 return None
         seen = torch.tensor(self.seen or [0] * call.query.shape[0], device=call.query.device)[:, None]

@@ -56,7 +56,7 @@ class NewestAttention(HeadNewestAttention):
 class LatestMaximum(Scorer):
     """Highest weight, mean over all heads of the layer, that any of the last ``share`` of a forward's queries paid.
 
-    Source: MPCache, arXiv 2501.06807; without a threshold.
+    In decoding all queries count, however many a forward brings. Source: MPCache, arXiv 2501.06807; without a threshold.
     """
 
     states: ClassVar[tuple[str, ...]] = ("highest",)
@@ -66,7 +66,8 @@ class LatestMaximum(Scorer):
 
     def observe(self, view: View) -> None:
         highest = view.state("highest").clone()
-        fresh = torch.tensor([math.ceil(self.share * new) for new in view.new_tokens], device=highest.device)
+        counts = [new if new <= view.layer.few else math.ceil(self.share * new) for new in view.new_tokens]
+        fresh = torch.tensor(counts, device=highest.device)
         begin = torch.tensor(view.seen, device=highest.device) - fresh
         for weights, steps in view.attention_rows(max(1, int(fresh.max()))):
             counted = (steps >= begin[:, None])[:, None, None, :, None]

@@ -42,24 +42,23 @@ class Clusters(Levels, Selector):
 
     def _best(self, reading: Reading, among: Tensor, size: int, share: float) -> Tensor:
         """Entries ``[B, Hkv, n, T]`` of the best ``share`` of all clusters, of those with an entry ``among`` them."""
-        held = reading.visible.any(2)
-        # Cells are counted without gaps, so that clusters hold what follows each other in the text.
-        cluster = (held.long().cumsum(-1) - 1).clamp_min(0) // size
-        number = int(cluster.max()) + 1
-        index = cluster[..., None].expand_as(reading.keys)
-        empty = reading.keys.new_zeros(*reading.keys.shape[:2], number, reading.keys.shape[-1])
-        representative = torch.zeros_like(empty)
-        for part, how, fill in ((self.alpha, "amax", -torch.inf), (1 - self.alpha, "amin", torch.inf)):
-            source = reading.keys.masked_fill(~held[..., None], fill)
-            extreme = empty.scatter_reduce(2, index, source, how, include_self=False)
-            representative += part * extreme.nan_to_num(0.0, 0.0, 0.0)
-        similarity = torch.einsum("bhgnd,bhcd->bhgnc", reading.query, representative).amax(2)
-        spread = cluster[:, :, None].expand_as(among)
-        present = torch.zeros_like(similarity).scatter_reduce(-1, spread, among.float(), "amax") > 0
-        filled = torch.zeros_like(similarity).scatter_reduce(-1, spread, reading.visible.float(), "amax") > 0
+        held = reading.keys.shape[2]
+        number = -(-held // size)
+
+        def cut(cells: Tensor, dim: int) -> Tensor:
+            fill = (0, 0) * (cells.dim() - 1 - dim) + (0, number * size - held)
+            return torch.nn.functional.pad(cells, fill).unflatten(dim, (number, size))
+
+        # A query knows the clusters as they are up to its own token, whatever came with it: their running extremes.
+        begin = size * torch.arange(number, device=among.device)
+        seen = reading.visible.sum(-1, keepdim=True)
+        newest = (seen - 1 - begin).clamp(0, size - 1).mT[..., None].expand(*[-1] * 4, reading.keys.shape[-1])
+        keys = cut(reading.keys, 2)
+        high, low = (running.values.gather(3, newest) for running in (keys.cummax(3), keys.cummin(3)))
+        representative = self.alpha * high + (1 - self.alpha) * low
+        similarity = torch.einsum("bhgnd,bhcnd->bhgnc", reading.query, representative).amax(2)
+        filled, present = begin < seen, cut(among, 3).any(-1)
         count = (filled.sum(-1, keepdim=True) * share).ceil()
         chosen = (rank(similarity.masked_fill(~present, float("-inf"))) < count) & present
-        last = filled.sum(-1, keepdim=True) - 1
-        ends = torch.arange(number, device=last.device)
-        chosen |= (ends == 0) | (ends == last)
-        return chosen.gather(-1, spread) & reading.visible
+        chosen |= (begin == 0) | (begin + size >= seen)
+        return chosen.repeat_interleave(size, -1)[..., :held] & reading.visible

@@ -8,7 +8,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from kvbudget.policy.base import Selector
+from kvbudget.policy.selection import rank
 from kvbudget.segments.selective import Chosen, Reading
+
+STEP = 2**-8
+"""Least difference of two distances that counts, in standard deviations of a state's channels."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class Neighbors(Search, Selector):
         return Chosen(weights / weights.sum(-1, keepdim=True).clamp_min(1e-30))
 
     def _nearest(self, asked: Tensor, states: Tensor, old: Tensor) -> Tensor:
-        """The ``top`` of the ``old [B, Hkv, n, T]`` entries that lie nearest to the states ``asked [B, Hkv, n, D]``."""
-        distance = torch.cdist(asked, states).masked_fill(~old, float("inf"))
-        nearest = distance.topk(min(self.top, distance.shape[-1]), dim=-1, largest=False).indices
-        return torch.zeros_like(old).scatter(-1, nearest, True) & old
+        """The ``top`` of the ``old [B, Hkv, n, T]`` entries that lie nearest to the states ``asked [B, Hkv, n, D]``.
+
+        Equal tokens have equal values in low layers: rounding, which forwards of other sizes do differently, must not decide
+        between them, so distances count in steps of `STEP`, and of equal ones the older entry is taken.
+        """
+        distance = torch.cdist(asked, states, compute_mode="donot_use_mm_for_euclid_dist").div(STEP).round()
+        return (rank(distance.neg().masked_fill(~old, float("-inf"))) < self.top) & old
