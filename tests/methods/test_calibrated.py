@@ -238,8 +238,26 @@ def test_numbers_that_no_fit_can_have_are_refused_by_name(method):
         ("cq", {"rows": 0}, "rows=0 must be at least 1"),
         ("cq", {"sinks": 1024}, "sinks=1024 leave nothing of texts of 1024 tokens"),
         ("aquakv", {"bits": 5}, "grids of 2, 3 and 4 bits"),
+        ("less", {"rank": 10**6}, "rank=1000000 is more than can be trained; give 1 to 4096"),
+        ("less", {"hidden": 4097}, "hidden=4097 is more"),
+        ("locret", {"hidden": 2**31 - 1}, "hidden=2147483647 is more"),
+        ("fast_kvzip", {"dim": 10**6}, "dim=1000000 is more"),
     ],
 )
 def test_fits_to_nothing_are_refused(method, given, message):
     with pytest.raises(PolicyError, match=message):
         build(method, **given)
+
+
+def test_what_is_larger_than_a_text_or_a_model_is_cut_or_refused(tmp_path):
+    model = tiny_model("llama")
+    calibrate(
+        "wg_kv", model, tmp_path / "gates", texts=[random_text(80)[0]], count=1, length=80, steps=1, batch=2**31 - 1
+    )
+    wide = tiny_model("llama", num_hidden_layers=200)
+    with pytest.raises(PolicyError, match=r"less: .*rank=4096, hidden=4096 need [34]..\..*GiB.*give less"):
+        build("less", rank=4096, hidden=4096).start(wide)
+    with pytest.raises(
+        PolicyError, match="repeats=1000000 of a block of two tokens do not fit into 1024 positions; give 2 to 511"
+    ):
+        calibrate("razor_attention", model, repeats=10**6)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvbudget.calibrate.base import Calibration, TextCalibration
+from kvbudget.calibrate.training import WIDEST, Training
 from kvbudget.errors import PolicyError, nearest
 from kvbudget.methods import registry as methods
 from kvbudget.models import check_supported, fingerprint
@@ -58,6 +59,9 @@ def build(method: str, **parameters: Any) -> Calibration | TextCalibration:
         if type(value) is int and value == 0 and declared[name] and name not in MAY_BE_NOTHING:
             raise PolicyError(f"{what}: {name}={value!r} must be at least 1")
     found = kind(**values)
+    for name in found.widths if isinstance(found, Training) else ():
+        if getattr(found, name) > WIDEST:
+            raise PolicyError(f"{what}: {name}={getattr(found, name)} is more than can be trained; give 1 to {WIDEST}")
     sinks = getattr(found, "sinks", 0)
     if isinstance(found, TextCalibration) and sinks >= found.length:
         raise PolicyError(f"{what}: sinks={sinks} leave nothing of texts of {found.length} tokens; give fewer")

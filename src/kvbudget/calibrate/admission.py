@@ -26,7 +26,7 @@ class Admission(GateCalibration):
     Attributes:
         window: positions that are local (paper: 256).
         price: of an admitted token (paper: 0.04 to 0.16 of another error).
-        batch: queries of a text in each step.
+        batch: queries of a text in each step, at most its tokens.
     """
 
     method: ClassVar[str] = "wg_kv"
@@ -47,9 +47,8 @@ class Admission(GateCalibration):
 
         def error(weights: dict[str, Tensor], generator: torch.Generator) -> Tensor:
             gates = self.gate().score(x, weights)
-            asked = torch.randint(min(self.window, length - 1), length, (self.batch,), generator=generator).to(
-                ids.device
-            )
+            number, first = min(self.batch, length), min(self.window, length - 1)
+            asked = torch.randint(first, length, (number,), generator=generator).to(ids.device)
             change = torch.stack(
                 [distance(call, asked, gate, self.window) for call, gate in zip(calls.values(), gates, strict=True)]
             )

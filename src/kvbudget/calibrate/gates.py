@@ -114,6 +114,7 @@ class FastKVzipGate(TaughtGate):
     """
 
     method: ClassVar[str] = "fast_kvzip"
+    widths: ClassVar[tuple[str, ...]] = ("dim",)
 
     dim: int = 16
     sinks: int = 16
@@ -184,6 +185,7 @@ class LocretGate(TaughtGate):
     """
 
     method: ClassVar[str] = "locret"
+    widths: ClassVar[tuple[str, ...]] = ("hidden",)
 
     hidden: int = 128
     answer: float = 0.25

@@ -14,6 +14,8 @@ from kvbudget.layer import AttentionCall
 from kvbudget.models import CacheGeometry
 
 BLOCK = 2500
+POSITIONS = 4 * BLOCK + 1
+"""What a model is given to read that names no number of positions."""
 ROWS = 1024
 """Queries whose products with keys are held at a time."""
 
@@ -60,10 +62,16 @@ class RetrievalHeads(Calibration):
         if self.repeats < 2:
             raise PolicyError(f"repeats={self.repeats}: nothing is repeated; give at least 2")
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = BLOCK if positions is None else (positions - 1) // self.repeats
+        positions = positions or POSITIONS
+        room = (positions - 1) // self.repeats
+        if room < 2:
+            raise PolicyError(
+                f"repeats={self.repeats} of a block of two tokens do not fit into {positions} positions; give 2 to "
+                f"{(positions - 1) // 2}"
+            )
         if self.block is None:
             return min(BLOCK, room)
-        if not 2 <= self.block <= max(room, BLOCK if positions is None else 0):
+        if not 2 <= self.block <= room:
             raise PolicyError(
                 f"block={self.block} repeated {self.repeats} times does not fit into the model's {positions} positions; "
                 f"give 2 to {room}, or fewer repeats="

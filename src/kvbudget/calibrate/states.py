@@ -34,6 +34,7 @@ class StateTraining(Training):
     """
 
     method: ClassVar[str] = "less"
+    widths: ClassVar[tuple[str, ...]] = ("rank", "hidden")
 
     length: int = 512
     batch: int = 48
@@ -60,10 +61,9 @@ class StateTraining(Training):
         return weights
 
     def lesson(self, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Lesson]:
-        if self.length <= self.sinks + self.window or min(self.rank, self.hidden) < 1:
+        if self.length <= self.sinks + self.window:
             raise PolicyError(
-                f"less: length={self.length} must be more than sinks={self.sinks} and window={self.window} together, and "
-                f"rank={self.rank} and hidden={self.hidden} at least 1"
+                f"less: length={self.length} must be more than sinks={self.sinks} and window={self.window} together"
             )
         calls: dict[int, AttentionCall] = {}
         watch(model, ids, lambda index, call, lse: calls.update({index: call}))

@@ -3,14 +3,21 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
+import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from kvbudget.budget import format_bytes
 from kvbudget.calibrate.base import TextCalibration
+from kvbudget.errors import PolicyError
 
 Lesson = Callable[[dict[str, Tensor], torch.Generator], Tensor]
+WIDEST = 4096
+"""Channels of what is trained, at most: four times as many as any paper trains."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,11 @@ class Training(TextCalibration):
         batch: tokens of a text in each step.
         rate: learning rate.
         seed: of the untrained weights and the batches.
+
+    ``widths`` names the parameters that count channels of what is trained, from 1 to `WIDEST`.
     """
+
+    widths: ClassVar[tuple[str, ...]] = ()
 
     steps: int = 30
     batch: int = 256
@@ -40,8 +51,8 @@ class Training(TextCalibration):
         """Which layers of the model learn from a text ``[1, T]``, and the error of their stacked weights on a part of it."""
 
     def add(self, model: PreTrainedModel, ids: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        index, lesson = self.lesson(model, ids)
         state = dict(state) or self.start(model)
+        index, lesson = self.lesson(model, ids)
         number = int(state["number"])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         names = [name.removeprefix("weight.") for name in state if name.startswith("weight.")]
@@ -61,7 +72,20 @@ class Training(TextCalibration):
         return state
 
     def start(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Untrained weights and empty moments."""
+        """Untrained weights and empty moments.
+
+        Raises:
+            PolicyError: when they, with their gradients, need more memory than is free.
+        """
+        with FakeTensorMode():  # their sizes alone
+            drawn = self.untrained(model, torch.Generator())
+        needed, free = 4 * sum(tensor.nbytes for tensor in drawn.values()), psutil.virtual_memory().available
+        if needed > free:
+            widths = ", ".join(f"{name}={getattr(self, name)}" for name in self.widths)
+            raise PolicyError(
+                f"{self.method}: weights, gradients and moments of {widths} need {format_bytes(needed)}, and {format_bytes(free)} "
+                "of memory are free; give less"
+            )
         weights = self.untrained(model, torch.Generator().manual_seed(self.seed))
         state = {f"weight.{name}": tensor for name, tensor in weights.items()}
         for moment in ("first", "second"):
