@@ -166,6 +166,14 @@ class Shares:
             self._found[b] = (stamp, self._share_out(b))
         return self._found[b][1]
 
+    def _limit(self, index: int, b: int) -> int:
+        """Entries that a layer may hold of sequence b, over all KV heads: its share, or the mean where all hold the same."""
+        shares = self.shares(b)
+        if not self.parts.jury:
+            return shares[index]
+        heads = self.layers[index].num_kv_heads
+        return sum(shares) // (len(shares) * heads) * heads
+
     def _share_out(self, b: int) -> list[int]:
         seen = self._until(b)
         mean = self._mean(b)
