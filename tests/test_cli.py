@@ -152,7 +152,10 @@ def test_plan_says_why_a_budget_cannot_work(model_folder):
         (("plann",), "Did you mean 'plan'?"),
         (("plan", "--model", "{model}"), "Missing option"),
         (("plan", "--model", "{model}", "--context", "many"), "--context"),
-        (("plan", "--model", "{model}", "--context", "0"), "at least 1"),
+        (("plan", "--model", "{model}", "--context", "0"), "must be from 1 to"),
+        (("plan", "--model", "{model}", "--context", "9" * 20), "context 99999999999999999999 and batch 1 must be"),
+        (("plan", "--model", "{model}", "--context", "9", "--tensor-parallel", "9999", "--budget", "50%"), "to 64"),
+        (("plan", "--model", "{model}", "--context", "9", "--tensor-parallel", "2", "--texts", "0"), "'--texts'"),
         (("plan", "--model", "{model}", "--context", "9", "--dtype", "float23"), "did you mean 'float32'?"),
         (("plan", "--model", "{model}", "--context", "9", "--memory", "50%"), "must be bytes"),
         (("plan", "--model", "/nowhere/at/all", "--context", "9"), "no file or folder"),
@@ -324,6 +327,8 @@ def test_long_prompts_are_refused_unless_allowed(model_folder, tmp_path):
         (("--dtype", "float23"), "float32, bfloat16, float16"),
         (("--chunk-size", "0", "--policy", "snapkv", "--budget", "64"), "at least 1"),
         (("--question", " "), "question is empty"),
+        (("--temperature", "1e-300"), "give 0 (greedy) or at least 0.001"),
+        (("--temperature", "1", "--seed", "9" * 20), "'--seed'"),
     ],
 )
 def test_run_refuses_bad_input_in_one_line(more, message, model_folder, prompt_file):
@@ -346,6 +351,36 @@ def test_run_refuses_missing_and_empty_files(model_folder, tmp_path):
     text = ("bench", "--model", model_folder, "--task", "fidelity", "--results")
     assert "give another path" in refused(*text, str(broken / "config.json" / "r.jsonl"))
     assert "no cell could be measured: text source" in refused(*text, str(tmp_path / "r.jsonl"), "--text", "no text")
+
+
+def test_files_that_hold_something_else_are_refused_and_stay_as_they_are(model_folder, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    commands = (
+        (*(f"bench --model {model_folder} --task fidelity --no-report --results".split()), str(path)),
+        ("report", str(path)),
+    )
+    for text in (
+        "hello\n",
+        '{"a": 1}\n',
+        '{"key": "x", "error": null}\n',
+        '{"key": "x", "weights": [], "value": 1.0}\n',
+    ):
+        path.write_text(text)
+        for command in commands:
+            assert "line 1 of" in refused(*command) and path.read_text() == text
+    tune = ("tune", "--model", model_folder, "--task", "fidelity", "--output")
+    assert "is a folder" in refused(*tune, str(tmp_path), "--budget", "25%")
+    output = str(tmp_path / "mine.yaml")
+    assert "nothing to share out" in refused(*tune, output, "--budget", "25%", "--policy", "full")
+    assert "nothing to share out" in refused(*tune, output, "--budget", "full")
+
+
+def test_what_a_failed_cell_advises_is_for_the_model_at_hand(model_folder, prompt_file, tmp_path):
+    command = (
+        f"bench --no-report --task fidelity --policy razor_attention --count 1 --length 100 --model {model_folder}"
+    )
+    result = invoke(*command.split(), "--text", prompt_file, "--results", str(tmp_path / "r.jsonl"))
+    assert f"run: kvbudget calibrate razor_attention --model {model_folder}" in result.stderr
 
 
 def test_calibrate_refuses_what_it_does_not_know(model_folder):

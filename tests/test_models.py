@@ -328,6 +328,8 @@ def test_bad_names_and_folders(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert "is not a .gguf file" in one_line(tmp_path / "weights.bin")
     (folder / "config.json").write_text("{")
     assert str(folder) in one_line(folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": -4}')
+    assert "The hidden size (-4) is not a multiple" in one_line(folder)
 
 
 @contextlib.contextmanager

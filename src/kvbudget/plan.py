@@ -18,7 +18,7 @@ from kvbudget.errors import BudgetError, PolicyError
 from kvbudget.layer import LayerCache
 from kvbudget.methods import parse
 from kvbudget.models import CacheGeometry, check_supported
-from kvbudget.policy.policy import Policy
+from kvbudget.policy.policy import MOST, Policy
 
 LADDER = ("100%", "50%", "25%", "12%", "6%")
 CODECS = {"none": "", "8 bits": "kivi(bits=8)", "4 bits": "kivi(bits=4)", "2 bits": "kivi(bits=2)"}
@@ -99,8 +99,8 @@ def plan(
     [('none', 250, 72000)]
     """
     check_supported(config)
-    if context < 1 or batch < 1:
-        raise BudgetError(f"context {context} and batch {batch} must be at least 1")
+    if not (1 <= context <= MOST and 1 <= batch <= MOST):
+        raise BudgetError(f"context {context} and batch {batch} must be from 1 to {MOST}")
     geometry = CacheGeometry.from_config(config)
     dtype = dtype or geometry.dtype
     limit = None if memory is None else Budget.parse(memory)

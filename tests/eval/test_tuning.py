@@ -90,10 +90,10 @@ def test_a_stopped_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):  # n
     monkeypatch.setattr(Evaluator, "fitness", counted)
     with pytest.raises(KeyboardInterrupt):
         tune(setup(folder), search, results)
-    assert len(results.cells()) == 5
+    assert len(results.cells(("value",))) == 5
     monkeypatch.setattr(Evaluator, "fitness", lambda self, w: computed.append(w) or original(self, w))
     found = tune(setup(folder), search, results)
-    assert len(computed) == len(set(computed)) == len(results.cells())
+    assert len(computed) == len(set(computed)) == len(results.cells(("value",)))
     whole = tune(setup(folder), search, ResultsFile(tmp_path / "other.jsonl"))
     assert found == whole
     before = len(computed)

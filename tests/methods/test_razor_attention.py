@@ -107,6 +107,12 @@ def test_artifacts_are_for_one_model_and_method(tmp_path):
     assert KVCache(model, RazorAttention(heads=str(path)), "80%").parts.heads.heads
     with pytest.raises(PolicyError, match=r"another model.*kvbudget calibrate razor_attention"):
         KVCache(other, RazorAttention(heads=str(path)), 64)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(PolicyError, match=r"does not match its checksum.*kvbudget calibrate razor_attention"):
+        KVCache(model, RazorAttention(heads=str(path)), 64)
+    with pytest.raises(PolicyError, match="is a folder"):
+        calibrate("razor_attention", model, tmp_path, block=20)
     Artifact("duo_attention", fingerprint(model), {}, {}).save(path)
     with pytest.raises(PolicyError, match="calibration of duo_attention, not of razor_attention"):
         KVCache(model, RazorAttention(heads=str(path)), 64)

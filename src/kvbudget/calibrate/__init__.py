@@ -97,6 +97,8 @@ def calibrate(
     """
     calibration = build(method, **parameters)
     check_supported(model)
+    if path is not None and Path(path).is_dir():
+        raise PolicyError(f"{path} is a folder; give a file for the calibration")
     mark, record = fingerprint(model), asdict(calibration)
     if isinstance(calibration, Calibration):
         return Artifact(method, mark, calibration.fit(model), record).save(path)

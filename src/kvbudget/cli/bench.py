@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvbudget.cli.shell import notice, print_json, progress
+from kvbudget.cli.shell import LAST_SEED, notice, print_json, progress, with_model
 from kvbudget.errors import KVBudgetError
 
 
@@ -31,7 +31,7 @@ def bench(
     ),
     length: Annotated[int | None, typer.Option(help="Tokens per context, for tasks that name none.")] = None,
     count: Annotated[int, typer.Option(help="Contexts per cell (16 or more tell methods apart).")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the contexts.", min=0, max=LAST_SEED)] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     text: Annotated[str | None, typer.Option(help="A file or folder of texts for contexts.")] = None,
     workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget\\[ray]).")] = "in-process",
@@ -83,7 +83,8 @@ def bench(
     if len(failed) == 1 and all(line["error"] for line in lines):
         raise KVBudgetError(f"no cell could be measured: {next(iter(failed)).partition(': ')[2]}")
     for error, names in failed.items():
-        notice(f"failed: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {error}")
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        notice(f"failed: {names[0]}{more}: {with_model(error, cells.model)}")
     if json:
         print_json(lines)
     for name in ResultsFile(results).weak_tasks():

@@ -9,7 +9,7 @@ import typer
 
 from kvbudget.calibrate import TextCalibration, build
 from kvbudget.calibrate import calibrate as fit
-from kvbudget.cli.shell import notice
+from kvbudget.cli.shell import LAST_SEED, notice
 from kvbudget.errors import PolicyError
 from kvbudget.eval.texts import default_source, passages
 from kvbudget.models import fingerprint, load
@@ -32,7 +32,7 @@ def calibrate(
         str | None,
         typer.Option("--text", help="Where texts come from: a source of kvbudget bench, a file or a folder."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which passages of the texts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which passages of the texts.", min=0, max=LAST_SEED)] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     missing: Annotated[bool, typer.Option("--missing", help="Leave out what this model has a calibration of.")] = False,

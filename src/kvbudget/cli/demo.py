@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvbudget.budget import Budget
-from kvbudget.cli.shell import INTERRUPTED, notice, print_json
+from kvbudget.cli.shell import INTERRUPTED, LAST_SEED, notice, print_json
 from kvbudget.cli.show import Prefilling, print_table, to_dict
 from kvbudget.compare import Run, Setting, compare
 from kvbudget.errors import KVBudgetError
@@ -33,7 +33,7 @@ def demo(
         str | None, typer.Option(help="A text file or folder to hide the key in; else $KVBUDGET_TEXT, books, or prose.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of the text.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the key and its place.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the key and its place.", min=0, max=LAST_SEED)] = 0,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", help="Tokens that each run decodes.")] = 48,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone, at the end.")] = False,
 ) -> None:

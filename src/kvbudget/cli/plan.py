@@ -36,9 +36,13 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tensor_parallel: Annotated[
         int | None,
-        typer.Option(help="Place KV heads on so many devices by the entries that they keep; loads the model.", min=2),
+        typer.Option(
+            help="Place KV heads on so many devices by the entries that they keep; loads the model.", min=2, max=64
+        ),
     ] = None,
-    texts: Annotated[int, typer.Option(help="Texts that --tensor-parallel measures: half to plan, half to judge.")] = 8,
+    texts: Annotated[
+        int, typer.Option(help="Texts that --tensor-parallel measures: half to plan, half to judge.", min=2)
+    ] = 8,
     text: Annotated[str | None, typer.Option(help="A file or folder of texts for --tensor-parallel.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

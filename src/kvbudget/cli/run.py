@@ -12,13 +12,15 @@ import typer
 
 from kvbudget.budget import Budget
 from kvbudget.cache import KVCache
-from kvbudget.cli.shell import INTERRUPTED, notice, print_json, stdout
+from kvbudget.cli.shell import INTERRUPTED, LAST_SEED, notice, print_json, stdout
 from kvbudget.cli.show import Prefilling, print_piece, print_table, to_dict
 from kvbudget.compare import Run, compare
 from kvbudget.errors import KVBudgetError, nearest
 from kvbudget.generate import Message, generate
 from kvbudget.methods import parse
 from kvbudget.models import load
+
+COLDEST = 1e-3
 
 
 def run(
@@ -47,8 +49,8 @@ def run(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answer at most.")] = 128,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per forward of the prefill.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=100.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.", min=0, max=LAST_SEED)] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the chat template, or continue the plain text.")
     ] = True,
@@ -86,6 +88,10 @@ def run(
     """
     if against not in (None, "full"):
         raise KVBudgetError(f"--compare {against!r} is not known{nearest(str(against), ['full'])}")
+    if 0 < temperature < COLDEST:
+        raise KVBudgetError(
+            f"--temperature {temperature} divides by almost nothing; give 0 (greedy) or at least {COLDEST}"
+        )
     text = _prompt(prompt, prompt_file)
     messages: str | list[Message] = text
     if system is not None:

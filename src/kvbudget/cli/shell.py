@@ -19,6 +19,7 @@ from kvbudget.errors import KVBudgetError
 BAD_INPUT = 2
 INTERRUPTED = 130
 PIPE_WIDTH = 140
+LAST_SEED = 2**31 - 1
 
 
 class Commands(TyperGroup):
@@ -75,11 +76,16 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
+def with_model(message: str, model: str | None) -> str:
+    """The commands that a message advises, for this model (None: the default of all commands)."""
+    return message.replace(" --model <the model>", f" --model {shlex.quote(model)}" if model else "")
+
+
 def _with_model(message: str, arguments: Sequence[str]) -> str:
-    """The commands that a message advises, for the model that these arguments name (none: the default of all commands)."""
+    """As `with_model`, for the model that these arguments name."""
     named = [value for option, value in pairwise(arguments) if option in ("--model", "-m")]
     named += [argument.removeprefix("--model=") for argument in arguments if argument.startswith("--model=")]
-    return message.replace(" --model <the model>", f" --model {shlex.quote(named[-1])}" if named else "")
+    return with_model(message, named[-1] if named else None)
 
 
 def _fail(message: str) -> NoReturn:

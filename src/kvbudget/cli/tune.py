@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kvbudget.cli.shell import notice, print_json, progress, stdout
+from kvbudget.cli.shell import LAST_SEED, notice, print_json, progress, stdout
 from kvbudget.errors import KVBudgetError
 
 
@@ -36,7 +36,7 @@ def tune(
         int, typer.Option(help="Candidates per generation, 4 or more; 0: by the size of a group.", min=0)
     ] = 0,
     sigma: Annotated[float, typer.Option(help="First step of the search; 1 is a layer's mean share.", min=0.01)] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of examples and search.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of examples and search.", min=0, max=LAST_SEED)] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     workers: Annotated[str, typer.Option(help="in-process, or ray (needs kvbudget\\[ray]).")] = "in-process",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -57,6 +57,8 @@ def tune(
 
     if workers not in ("in-process", "ray"):
         raise KVBudgetError(f"--workers {workers} is not known; give in-process or ray")
+    if output.is_dir():
+        raise KVBudgetError(f"--output {output} is a folder; give a file for the policy")
     if task.endswith((".jsonl", ".jsonl.gz")):
         task = f"own(rows={task!r})"
     setup = Setup(model, task, budget, policy, count, held_out, seed, dtype, length, score)

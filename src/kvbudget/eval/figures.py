@@ -84,7 +84,7 @@ def quality_against_bytes(cells: Cells, name: str) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     direction = "higher" if higher else "lower"
     axes.set(xlabel="resident cache (MiB)", ylabel=f"{score_name(headline)}, {direction} is better", title=name)
-    if headline in SHOWN and points:
+    if headline in SHOWN and len({value for _, value in points}) > 1:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)

@@ -21,6 +21,8 @@ from kvbudget.files import written_whole
 
 # A task on which the full cache itself does not come this far from chance to perfect cannot show a loss.
 INFORMATIVE = 0.5
+BEGIN = '{"key": "'
+"""How every line begins."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ResultsFile:
     """``path`` holds a line per finished cell; ``path.journal`` a line per example until its cell is finished.
 
     Every line is written and flushed whole, so a kill loses at most the examples that were being computed. A line cut off
-    by a kill is passed over.
+    by a kill is passed over; a file with other lines is refused, and stays as it is.
     """
 
     path: Path
@@ -56,9 +58,13 @@ class ResultsFile:
                     ) from None
             yield
 
-    def cells(self) -> list[dict[str, Any]]:
-        """Finished cells in the order in which they finished; a cell that was run again counts with its last result."""
-        return list({line["key"]: line for line in _lines(self.path)}.values())
+    def cells(self, needed: Sequence[str] = ("policy", "task", "scores", "error")) -> list[dict[str, Any]]:
+        """Finished cells in the order in which they finished; a cell that was run again counts with its last result.
+
+        Raises:
+            KVBudgetError: for a line that has not all the ``needed`` fields.
+        """
+        return list({line["key"]: line for line in _lines(self.path, needed)}.values())
 
     def report(self) -> list[dict[str, Any]]:
         """As `cells`, and of tasks of which no cell has finished yet the contexts that all their cells have, from two on."""
@@ -81,7 +87,7 @@ class ResultsFile:
 
     def examples(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Example results by cell key and number."""
-        return {(line["key"], line["example"]): line for line in _lines(self.journal)}
+        return {(line["key"], line["example"]): line for line in _lines(self.journal, ("example",))}
 
     def add_example(self, line: dict[str, Any]) -> None:
         """Appends an example's result to the journal."""
@@ -98,8 +104,8 @@ class ResultsFile:
 
     def drop_journal(self) -> None:
         """Removes the examples of finished cells, and the journal where no others are left."""
-        finished = {line["key"] for line in _lines(self.path)}
-        left = [line for line in _lines(self.journal) if line["key"] not in finished]
+        finished = {cell["key"] for cell in self.cells()}
+        left = [line for line in self.examples().values() if line["key"] not in finished]
         if left:
             with written_whole(self.journal) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in left), encoding="utf-8")
@@ -175,15 +181,20 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     if path.is_dir():
         raise KVBudgetError(f"{str(path)!r} is a folder; give the JSON lines file that kvbudget bench wrote")
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "key" in line:
-            yield line
+            if BEGIN.startswith(text[: len(BEGIN)]):  # cut off
+                continue
+            line = None
+        if not isinstance(line, dict) or not {"key", *needed} <= line.keys():
+            raise KVBudgetError(
+                f"line {number} of {str(path)!r} is none that this command writes or reads: {text[:40]!r}; give another file"
+            )
+        yield line

@@ -114,6 +114,8 @@ def passages(
     Raises:
         KVBudgetError: when the source has too little text, saying for how many passages it suffices.
     """
+    if min(length, count) < 1:
+        raise KVBudgetError(f"{count} passages of {length} tokens hold no text; give at least 1 of each")
     if (source or default_source()) == "prose":
         return [_written(tokenizer, length, seed * 1_000_003 + i) for i in range(count)]
     found: list[Tensor] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvbudget.budget import Budget
 from kvbudget.errors import KVBudgetError, nearest
 from kvbudget.eval import tasks
 from kvbudget.eval.matrix import Matrix
@@ -235,11 +236,16 @@ def tune(
     Every evaluation is appended to ``cache``; the same call goes on where it was stopped.
 
     Raises:
-        KVBudgetError: when an optional package is missing, or the task has no such score.
+        KVBudgetError: when an optional package is missing, nothing is evicted, or the task has no such score.
     """
     _cmaes()
+    if parse(setup.policy).parts().scorer is None or Budget.parse(setup.budget).kind == "none":
+        raise KVBudgetError(
+            f"policy {setup.policy} under budget {setup.budget} leaves layers nothing to share out; give an evicting policy, such "
+            "as snapkv, and a budget, such as 25%"
+        )
     mark = json.dumps(asdict(setup), sort_keys=True)
-    known = {line["key"]: line["value"] for line in cache.cells()}
+    known = {line["key"]: line["value"] for line in cache.cells(("value",))}
     own: list[Evaluator] = []
 
     def evaluator() -> Evaluator:

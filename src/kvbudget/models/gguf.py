@@ -149,6 +149,8 @@ def _one_error(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
+    """The first line of an error's message, with the next one where it announces that, or its class where it has none."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,11 +1,13 @@
 """Calibration artifacts: safetensors files that say which method and which model they were made for."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,11 +40,13 @@ class Artifact:
             KVBudgetError: when the file cannot be written.
         """
         target = default_path(self.method, self.fingerprint) if path is None else Path(path)
+        parameters = json.dumps(dict(self.parameters), sort_keys=True)
         metadata = {
             "format": _FORMAT,
             "method": self.method,
             "fingerprint": self.fingerprint,
-            "parameters": json.dumps(dict(self.parameters), sort_keys=True),
+            "parameters": parameters,
+            "checksum": _checksum(self.tensors, parameters),
         }
         try:
             with written_whole(target) as unfinished:
@@ -50,7 +54,8 @@ class Artifact:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise KVBudgetError(
-                f"the calibration cannot be written to {target}: {reason}; give another path"
+                f"the calibration cannot be written to {target}: {reason}; give another path, or another folder as "
+                "KVBUDGET_CACHE"
             ) from error
         return target
 
@@ -81,9 +86,20 @@ class Artifact:
                 f"{source} was made for another model (fingerprint {metadata['fingerprint']}, this one has {fingerprint}); "
                 + remedy
             )
-        return cls(method, fingerprint, tensors, json.loads(metadata["parameters"]))
+        parameters = metadata["parameters"]
+        if metadata.get("checksum") not in (None, _checksum(tensors, parameters)):  # none in files of earlier versions
+            raise PolicyError(f"{source} does not match its checksum: it was changed after it was made; {remedy}")
+        return cls(method, fingerprint, tensors, json.loads(parameters))
 
 
 def default_path(method: str, fingerprint: str) -> Path:
     """Where the artifact of a method for one model is kept: below ``$KVBUDGET_CACHE`` or the user's cache folder."""
     return cache_folder() / "calibration" / f"{method}-{fingerprint}.safetensors"
+
+
+def _checksum(tensors: Mapping[str, Tensor], parameters: str) -> str:
+    digest = hashlib.sha256(parameters.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
