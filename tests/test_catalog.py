@@ -58,7 +58,7 @@ def test_measured_divergences_fill_their_column(tmp_path: Path):
         {"key": "f", "policy": "gone_method", "budget": 64, "scores": {"log_kl": {"mean": 1.0}}, "error": None},
     ]
     path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line | {"task": "fidelity"}) + "\n" for line in lines))
     table = rows(printed("--markdown", "--results", str(path)))
     assert table["snapkv"][8] == "25%: 0.1, 64: 1"
     assert {cells[8] for name, cells in table.items() if name != "snapkv"} == {"-"}
@@ -74,3 +74,8 @@ def test_without_results_the_column_is_that_of_the_shipped_table(monkeypatch):
 def test_the_page_is_the_whole_list(arguments):
     result = CliRunner().invoke(app, ["methods", *arguments])
     assert result.exit_code == 2 and "leave out the name" in result.stderr
+
+
+def test_results_that_are_not_there_are_refused():
+    result = CliRunner().invoke(app, ["methods", "--markdown", "--results", "nowhere.jsonl"])
+    assert result.exit_code == 2 and "'nowhere.jsonl' does not exist" in result.stderr

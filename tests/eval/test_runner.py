@@ -214,12 +214,15 @@ def test_unknown_names_are_refused_before_any_work(folder, tmp_path):
         Bench(matrix(folder, tasks=("fidelty",)), ResultsFile(tmp_path / "r.jsonl")).run()
     with pytest.raises(KVBudgetError, match="no field 'polices'"):
         Matrix.from_mapping({"polices": ["snapkv"]})
-    for changes in ({"count": 0}, {"length": "long"}, {"budgets": ()}, {"seed": None}):
+    for changes in ({"count": 0}, {"length": "long"}, {"budgets": ()}, {"seed": None}, {"seed": -1}, {"text": [1]}):
         with pytest.raises(KVBudgetError, match=next(iter(changes))):
             matrix(folder, **changes)
     with pytest.raises(KVBudgetError, match=r"must be a list, such as \[snapkv\]"):
         Matrix.from_mapping({"policies": "snapkv"})
     assert not (tmp_path / "r.jsonl").exists()
+    (tmp_path / "m.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(KVBudgetError, match="cannot be read"):
+        Matrix.from_yaml(tmp_path / "m.yaml")
 
 
 def test_yaml_gives_the_same_cells(folder, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvbudget import auto
 from kvbudget.eval.ranking import at_equal_bytes, divergences
-from kvbudget.eval.results import ResultsFile
+from kvbudget.eval.results import gather
 from kvbudget.methods import parse
 
 HEADERS = (
@@ -38,7 +38,7 @@ def markdown(methods: Sequence[Mapping[str, Any]], results: Path | None = None) 
     """
     command = "kvbudget methods --markdown" + (f" --results {results.as_posix()}" if results is not None else "")
     if results is not None:
-        cells = ResultsFile(results).report()
+        cells = gather([results])
         measured = divergences(cells), at_equal_bytes(cells)
     else:
         measured = auto.divergences(), auto.at_equal_bytes()

@@ -15,7 +15,7 @@ from kvbudget.budget import Budget
 from kvbudget.errors import KVBudgetError, nearest
 from kvbudget.eval import tasks
 from kvbudget.methods import parse, registry
-from kvbudget.policy.policy import parse_terms
+from kvbudget.policy.policy import MOST, parse_terms
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,11 @@ class Matrix:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise KVBudgetError(f"{name}={value!r} must be a whole number, at least 1")
-        if type(self.seed) is not int:
-            raise KVBudgetError(f"seed={self.seed!r} must be a whole number")
+        if type(self.seed) is not int or not 0 <= self.seed <= MOST:
+            raise KVBudgetError(f"seed={self.seed!r} must be a whole number from 0 to {MOST}")
+        for name in ("model", "dtype", "text"):
+            if not isinstance(getattr(self, name), str) and not (name == "text" and self.text is None):
+                raise KVBudgetError(f"{name}={getattr(self, name)!r} must be a word")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Matrix:
@@ -95,7 +98,7 @@ class Matrix:
         """Reads a YAML mapping with the fields of `Matrix`."""
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise KVBudgetError(f"matrix file {str(path)!r} cannot be read: {reason}") from error
         if not isinstance(content, dict):
