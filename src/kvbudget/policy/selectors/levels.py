@@ -43,6 +43,7 @@ class Clusters(Levels, Selector):
     def _best(self, reading: Reading, among: Tensor, size: int, share: float) -> Tensor:
         """Entries ``[B, Hkv, n, T]`` of the best ``share`` of all clusters, of those with an entry ``among`` them."""
         held = reading.keys.shape[2]
+        size = min(size, held)
         number = -(-held // size)
 
         def cut(cells: Tensor, dim: int) -> Tensor:
