@@ -309,6 +309,9 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--no-quantized-cache", action="store_true", help="it takes most of the time")
+    parser.add_argument(
+        "--instruction-set", choices=["generic", "avx2", "avx512"], help="of the native kernels; default: the best"
+    )
     parser.add_argument("--json", type=Path, default=Path("results/decode.json"))
     parser.add_argument("--plot", type=Path, default=Path("results/decode.png"))
     parser.add_argument("--kvpress-python")
@@ -317,6 +320,10 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths = [1024, 2048] if arguments.quick else [int(n) for n in arguments.lengths.split(",")]
     arguments.tokens = 8 if arguments.quick else arguments.tokens
+    if arguments.instruction_set:
+        from kvbudget.kernels import native  # not there where the extension was not built
+
+        native.use_instruction_set(arguments.instruction_set)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     clock = clock_of(arguments.threads)
