@@ -383,6 +383,16 @@ def test_speculation_that_reads_a_part_equals_greedy_decoding_that_does(kind: st
     assert state_of(past) == state_of(plain)
 
 
+@pytest.mark.parametrize("policy", READING)
+def test_a_prompt_that_follows_speculation_is_read_as_one(policy: str):
+    model, logits = served_model("llama"), []
+    for options in ({"prompt_lookup_num_tokens": 4}, {}):
+        past = KVCache(model, policy, BIG)
+        greedy(model, PROMPT[:, :20].repeat(1, 3), past, new=12, **options)
+        logits.append(model(random_text(40, seed=9), past_key_values=past).logits[:, -1])
+    close(*logits)
+
+
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen2-sliding", "gpt2", "lfm2"))
 @pytest.mark.parametrize("kind", ("prompt lookup", "assistant", "equal assistant"))
 def test_speculation_equals_greedy_decoding_at_full_budget(kind: str, name: str):

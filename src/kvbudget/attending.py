@@ -141,11 +141,11 @@ class Attending(Cache):
             return None
         self.broken = layer.label
         out, lse = self._outs[index], self._lses[index]
-        ends = store.step(query, key, value, scale, softcap, out, lse, add=True)
-        if ends is None:
+        settled = store.step(query, key, value, scale, softcap, out, lse, add=True)
+        if settled is None:
             return None
         layer.columns += 1
-        if not ends:
+        if not settled:
             queries = None if lse is None or layer.at is None else Queries(query, lse, scale, softcap)
             if torch.is_inference_mode_enabled():
                 self._finish(layer, queries)

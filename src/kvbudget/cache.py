@@ -161,7 +161,7 @@ class KVCache(Attending):
         self.recording = active
         for store in self.enforcer.layers:
             store.spills = not active and self.parts.layers is None
-            store.verifying = store.verifying and active
+            store.verifying = False
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
                 layer.record_past = active

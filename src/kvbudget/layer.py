@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
 FEW_TOKENS = 8
+# While drafts are verified, a forward of up to so many tokens is taken for drafts: transformers proposes 20 or less by itself.
+MOST_DRAFTS = 32
 _NEXT = (1).__add__
 
 
@@ -51,8 +52,8 @@ class LayerCache(LayerEntries):
     A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything);
     ``reads`` says it where queries are answered again. While ``spills``, a token that finds the rows full may stay in a segment
     of its own until the eviction that follows: where shares of layers move, none may follow. ``sums`` are what the scorer
-    adds to states after a token of each sequence (None: it has to look itself). While ``verifying``, forwards bring drafts of
-    tokens that would come one by one, however many.
+    adds to states after a token of each sequence (None: it has to look itself). While ``verifying``, forwards of up to
+    `MOST_DRAFTS` tokens bring drafts of what would come one by one.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class LayerCache(LayerEntries):
         self._fresh = False
 
     @property
-    def few(self) -> int:
-        """The most tokens that a forward of decoding brings to a sequence."""
-        return sys.maxsize if self.verifying else FEW_TOKENS
+    def most_decoded(self) -> int:
+        """The most tokens of a sequence that a forward may bring and still count as decoding, not as a prompt."""
+        return MOST_DRAFTS if self.verifying else FEW_TOKENS
 
     @property
     def rests(self) -> bool:
@@ -174,7 +175,7 @@ class LayerCache(LayerEntries):
         whole = None
         if not selector.prefill:
             new = call.query.shape[2] if call.valid is None else call.valid.sum(1)
-            whole = torch.as_tensor(new, device=call.query.device).expand(call.query.shape[0]) > self.few
+            whole = torch.as_tensor(new, device=call.query.device).expand(call.query.shape[0]) > self.most_decoded
             if bool(whole.all()):
                 return None
         seen = torch.tensor(self.seen or [0] * call.query.shape[0], device=call.query.device)[:, None]

@@ -58,7 +58,9 @@ class ResultsFile:
                     ) from None
             yield
 
-    def cells(self, needed: Sequence[str] = ("policy", "task", "scores", "error")) -> list[dict[str, Any]]:
+    def cells(
+        self, needed: Sequence[str] = ("policy", "task", "visible", "labeled", "scores", "error")
+    ) -> list[dict[str, Any]]:
         """Finished cells in the order in which they finished; a cell that was run again counts with its last result.
 
         Raises:
@@ -87,7 +89,7 @@ class ResultsFile:
 
     def examples(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Example results by cell key and number."""
-        return {(line["key"], line["example"]): line for line in _lines(self.journal, ("example",))}
+        return {(line["key"], line["example"]): line for line in _lines(self.journal, ("example", "cell"))}
 
     def add_example(self, line: dict[str, Any]) -> None:
         """Appends an example's result to the journal."""
@@ -186,11 +188,11 @@ def _lines(path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
         return
     if path.is_dir():
         raise KVBudgetError(f"{str(path)!r} is a folder; give the JSON lines file that kvbudget bench wrote")
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            if BEGIN.startswith(text[: len(BEGIN)]):  # cut off
+            if BEGIN.startswith(text.strip("\0")[: len(BEGIN)]):  # cut off
                 continue
             line = None
         if not isinstance(line, dict) or not {"key", *needed} <= line.keys():

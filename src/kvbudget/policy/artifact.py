@@ -100,6 +100,6 @@ def default_path(method: str, fingerprint: str) -> Path:
 def _checksum(tensors: Mapping[str, Tensor], parameters: str) -> str:
     digest = hashlib.sha256(parameters.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -55,7 +55,10 @@ class Scorer(Part, ABC):
         return 0.0
 
     def sums(self, new: int) -> tuple[Sum, ...]:
-        """The attention mass that `observe` adds to states where a forward brings a sequence ``new`` tokens."""
+        """The attention mass that `observe` adds to states where a forward brings a sequence ``new`` tokens.
+
+        Only the decay may depend on ``new``: all sequences of a batch share names, queries and groups.
+        """
         return ()
 
     def observe(self, view: View) -> None:

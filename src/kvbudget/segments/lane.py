@@ -50,7 +50,7 @@ class Lane:
         self.front, self.main = list(front), list(main)
         self.handle: Any = None
         self.moved = False
-        self.kept, self.wanted, self.can_add = False, wanted or bool(sums), False
+        self.kept, self.wanted, self.can_add = False, wanted, False
         self.spilled: DenseSegment | None = None
         segments = [*front, *main]
         for segment in segments:
@@ -82,7 +82,7 @@ class Lane:
         added = []
         single = queries == 1
         if sums is not None and all(one.name in self.states and (one.group != "max" or single) for one in sums):
-            self.can_add = True
+            self.can_add, self.wanted = True, wanted or bool(sums)
             added = [(self.states[n], fade, 1 / queries if group == "mean" else 1.0) for n, fade, _, group in sums]
         rows, first = newest.num_rows, len(front)
         self.handle = kernels.lane(rows, queries, portions, room, zeroed, self.dtype, first, added)

@@ -62,7 +62,7 @@ KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
   Steps to;
   to.zero = to_half(clamp(least, -kHalfMax, kHalfMax));
   to.z = load_half(&to.zero);
-  v8i16 scale = to_half(clamp(quotient(most - to.z, levels, splat(1.0f) / levels), 0.0f, kHalfMax));
+  v8i16 scale = to_half(clamp(quotient(vmin(most - to.z, splat(3.4028235e38f)), levels, splat(1.0f) / levels), 0.0f, kHalfMax));
   to.scale = scale | ((scale == 0) & 0x3c00);  // 1.0: a constant group
   to.s = load_half(&to.scale);
   to.inverse = splat(1.0f) / to.s;

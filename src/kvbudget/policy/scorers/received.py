@@ -66,7 +66,7 @@ class LatestMaximum(Scorer):
 
     def observe(self, view: View) -> None:
         highest = view.state("highest").clone()
-        counts = [new if new <= view.layer.few else math.ceil(self.share * new) for new in view.new_tokens]
+        counts = [new if new <= view.layer.most_decoded else math.ceil(self.share * new) for new in view.new_tokens]
         fresh = torch.tensor(counts, device=highest.device)
         begin = torch.tensor(view.seen, device=highest.device) - fresh
         for weights, steps in view.attention_rows(max(1, int(fresh.max()))):

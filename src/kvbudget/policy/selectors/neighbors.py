@@ -11,7 +11,7 @@ from kvbudget.policy.base import Selector
 from kvbudget.policy.selection import rank
 from kvbudget.segments.selective import Chosen, Reading
 
-STEP = 2**-8
+DISTANCE_STEP = 2**-8
 """Least difference of two distances that counts, in standard deviations of a state's channels."""
 
 
@@ -65,7 +65,7 @@ class Neighbors(Search, Selector):
         """The ``top`` of the ``old [B, Hkv, n, T]`` entries that lie nearest to the states ``asked [B, Hkv, n, D]``.
 
         Equal tokens have equal values in low layers: rounding, which forwards of other sizes do differently, must not decide
-        between them, so distances count in steps of `STEP`, and of equal ones the older entry is taken.
+        between them, so distances count in steps of `DISTANCE_STEP`, and of equal ones the older entry is taken.
         """
-        distance = torch.cdist(asked, states, compute_mode="donot_use_mm_for_euclid_dist").div(STEP).round()
+        distance = torch.cdist(asked, states, compute_mode="donot_use_mm_for_euclid_dist").div(DISTANCE_STEP).round()
         return (rank(distance.neg().masked_fill(~old, float("-inf"))) < self.top) & old
