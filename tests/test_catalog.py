@@ -58,7 +58,9 @@ def test_measured_divergences_fill_their_column(tmp_path: Path):
         {"key": "f", "policy": "gone_method", "budget": 64, "scores": {"log_kl": {"mean": 1.0}}, "error": None},
     ]
     path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line | {"task": "fidelity"}) + "\n" for line in lines))
+    path.write_text(
+        "".join(json.dumps(line | {"task": "fidelity", "visible": False, "labeled": False}) + "\n" for line in lines)
+    )
     table = rows(printed("--markdown", "--results", str(path)))
     assert table["snapkv"][8] == "25%: 0.1, 64: 1"
     assert {cells[8] for name, cells in table.items() if name != "snapkv"} == {"-"}
