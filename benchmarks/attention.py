@@ -309,9 +309,23 @@ def prefill_helpers(threads: int, tokens: int = 4096, width: int = 64, groups: i
     return records
 
 
-def encoding(threads: int, seconds: float, entries: int = 16384, width: int = 64) -> list[dict[str, Any]]:
-    """Integer codes of bf16 entries, from memory, beside the torch reference and beside copying the entries."""
-    rows = [filled(entries, width, torch.bfloat16) for _ in range(copies(2 * entries * width, 64))]
+def keeping(way: Callable[[Tensor], Any], rows: Sequence[Tensor]) -> list[Callable[[], None]]:
+    """A call per tensor. Their results are kept until the next one of the same tensor, which is written where that one was: as in a
+    cache that grows, results go to memory rather than to what the last call left in the processor's caches."""
+    kept = [way(x) for x in rows]
+
+    def call(i: int) -> None:
+        kept[i] = None
+        kept[i] = way(rows[i])
+
+    return [partial(call, i) for i in range(len(rows))]
+
+
+def encoding(
+    threads: int, seconds: float, dtype: torch.dtype, entries: int = 16384, width: int = 64
+) -> list[dict[str, Any]]:
+    """Integer codes of entries, from memory to memory, beside the torch reference and beside copying the entries."""
+    rows = [filled(entries, width, dtype) for _ in range(copies(dtype.itemsize * entries * width, 64))]
     ways: dict[str, Callable[[Tensor], Any]] = {"copy": torch.clone}
     for bits in (8, 4, 2):
         ways |= {
@@ -322,14 +336,20 @@ def encoding(threads: int, seconds: float, entries: int = 16384, width: int = 64
         "4 bits per token, torch": partial(encode.encode_tokens, bits=4, group=GROUP),
         "4 bits per channel, torch": partial(encode.encode_units, bits=4, unit=GROUP),
     }
-    variants = [Variant(name, [partial(way, x) for x in rows], 0, 0) for name, way in ways.items()]
+    variants = []
+    for number, (name, way) in enumerate(ways.items()):
+        first = number * len(rows) // len(ways)  # elsewhere than the others, which leave what they read in the caches
+        variants.append(Variant(name, keeping(way, rows[first:] + rows[:first]), 0, 0))
     interleave(variants, seconds, clock_of(threads), least=6)
-    print(f"\nencoding {entries} bf16 entries of {width}, groups of {GROUP}\n{'':42}{'ns/entry':>9}{'of a copy':>10}")
+    title = f"encoding {entries} {str(dtype).removeprefix('torch.')} entries of {width}, groups of {GROUP}"
+    print(f"\n{title}\n{'':42}{'ns/entry':>9}{'of a copy':>10}")
     records = []
     for variant in variants:
         times = variant.median / variants[0].median
-        records.append({"variant": variant.name, "ns": variant.median * 1e9 / entries, "copies": times})
-        print(f"{variant.name:42}{records[-1]['ns']:9.1f}{times:10.1f}", flush=True)
+        records.append(
+            {"variant": variant.name, "dtype": str(dtype), "ns": variant.median * 1e9 / entries, "copies": times}
+        )
+        print(f"{variant.name:42}{records[-1]['ns']:9.1f}{times:10.2f}", flush=True)
     return records
 
 
@@ -358,7 +378,8 @@ def main() -> None:
         print(f"[{number}/{len(tasks)}, {time.perf_counter() - begin:.0f} s]", flush=True)
         write(found, args.json)
     found["prefill"] = prefill_helpers(args.threads)
-    found["encoding"] = encoding(args.threads, args.seconds)
+    for dtype in (torch.bfloat16, torch.float32):
+        found["encoding"] += encoding(args.threads, args.seconds, dtype)
     write(found, args.json)
 
 

@@ -61,20 +61,31 @@ def test_codes_scales_and_zeros(
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_halves_between_codes_round_as_a_division_does(instruction_set: str, bits: int) -> None:
-    """Every scale that half precision has, with values halfway between two codes, and the floats beside them."""
+@pytest.mark.parametrize("offset", [0.0, 95.0, -95.0, 97.0, -767.0, 770.0, 5000.0])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_halves_between_codes_round_as_a_division_does(instruction_set: str, bits: int, offset: float) -> None:
+    """Every scale that half precision has, with values halfway between two codes and the floats beside them, and zeros as many
+    scales away as `offset` says: the kernels round otherwise before and after some of these."""
     scales = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).float()[:, None]
     levels = 2**bits - 1
     codes = torch.randint(0, levels, (len(scales), 20), generator=torch.Generator().manual_seed(0))
-    between = (codes + 0.5) * scales
+    zeros = (offset * scales).clamp(-6e4, 6e4).half().float()
+    between = zeros + (codes + 0.5) * scales
     beside = [torch.nextafter(between, torch.full_like(between, way)) for way in (0.0, torch.inf)]
-    ends = torch.cat([torch.zeros_like(scales), levels * scales, scales, 2 * scales], -1)
+    ends = zeros + torch.cat([torch.zeros_like(scales), levels * scales, scales, 2 * scales], -1)
     x = torch.cat([ends, between, *beside], -1)
     expected = encode.encode_tokens(x, bits, x.shape[1])
-    assert torch.equal(expected[1].float(), scales)
+    if not offset:
+        assert torch.equal(expected[1].float(), scales)
     for found, column in zip(native.encode(x, bits, x.shape[1], False) or (), expected, strict=True):
         assert torch.equal(found, column)
+    for part in x.T.contiguous().split(1024, dim=1):
+        width = part.shape[1] // 64 * 64
+        units = part[:, :width]
+        for found, column in zip(
+            native.encode(units, bits, 64, True) or (), encode.encode_units(units, bits, 64), strict=True
+        ):
+            assert torch.equal(found, column)
 
 
 def test_what_the_extension_cannot_encode_is_left_to_the_reference() -> None:

@@ -155,17 +155,20 @@ KV_INLINE Bounds<T> bounds_of_blocks(const uint8_t* first, int channels) {
   return bounds;
 }
 
-// Of sixteen channels of many rows, as a pair.
+// Of a block of many rows, as pairs.
 template <Type T>
 KV_INLINE void bounds_of_rows(const uint8_t* rows, int64_t stride, int count, int d, float* least, float* most) {
-  Bounds<T> bounds = Bounds<T>::of(rows, d);
+  Bounds<T> bounds[] = {Bounds<T>::of(rows, d), Bounds<T>::of(rows, d + 2 * W)};
 #pragma GCC unroll 4
-  for (int t = 1; t < count; ++t) bounds.take(rows + t * stride, d);
-  vf low[2], high[2];
-  bounds.pair(low, high);
+  for (int t = 1; t < count; ++t)
+    for (int h = 0; h < 2; ++h) bounds[h].take(rows + t * stride, d + 2 * h * W);
   for (int h = 0; h < 2; ++h) {
-    store(least + h * W, low[h]);
-    store(most + h * W, high[h]);
+    vf low[2], high[2];
+    bounds[h].pair(low, high);
+    for (int v = 0; v < 2; ++v) {
+      store(least + (2 * h + v) * W, low[v]);
+      store(most + (2 * h + v) * W, high[v]);
+    }
   }
 }
 

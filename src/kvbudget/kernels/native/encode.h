@@ -10,63 +10,49 @@
 namespace kvbudget {
 namespace {
 
+KV_INLINE int lesser(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
 KV_INLINE uint8_t cut(int code, int levels) { return static_cast<uint8_t>(code < 0 ? 0 : code < levels ? code : levels); }
 
-// Slabs of codes from byte i on, a word at a time.
-template <class Word>
-KV_INLINE void pack_words(const uint8_t* codes, int slab, int bits, uint8_t* out, int& i) {
-  for (; i + static_cast<int>(sizeof(Word)) <= slab; i += sizeof(Word)) {
-    Word word, next;
-    std::memcpy(&word, codes + i, sizeof(Word));
-    for (int j = 1; j < 8 / bits; ++j) {
-      std::memcpy(&next, codes + i + j * slab, sizeof(Word));
-      word |= next << (j * bits);
+// `Bits` bits from bit `From` on of codes of `Of` bits, a byte each, into slabs, a word at a time.
+template <int Bits, int From, int Of, class Word>
+KV_INLINE void pack_words(const uint8_t* codes, int count, int width, uint8_t* out, int pitch) {
+  const int slab = packed_bytes(width, Bits);
+  Word mask;
+  std::memset(&mask, (1 << Bits) - 1, sizeof(Word));
+  const auto part = [&](const uint8_t* p) {
+    Word word;
+    std::memcpy(&word, p, sizeof(Word));
+    return Bits == Of ? word : static_cast<Word>(word >> From & mask);
+  };
+  for (int t = 0; t < count; ++t, codes += width, out += pitch) {
+    for (int i = 0; i < slab; i += sizeof(Word)) {
+      Word word = part(codes + i);
+      for (int j = 1; j < 8 / Bits; ++j) word |= part(codes + i + j * slab) << (j * Bits);
+      std::memcpy(out + i, &word, sizeof(Word));
     }
-    std::memcpy(out + i, &word, sizeof(Word));
   }
 }
 
-// Codes [width], a byte each, into slabs of `bits` bits each.
-KV_INLINE void pack_plane(const uint8_t* codes, int width, int bits, uint8_t* out) {
+// A plane of codes [count, width].
+template <int Bits, int From, int Of>
+void pack_plane(const uint8_t* codes, int count, int width, uint8_t* out) {
   typedef uint32_t half_vu __attribute__((vector_size(16)));
-  const int slab = packed_bytes(width, bits);
-  int i = 0;
-  pack_words<vu>(codes, slab, bits, out, i);
-  pack_words<half_vu>(codes, slab, bits, out, i);
-  pack_words<uint64_t>(codes, slab, bits, out, i);
-  for (; i < slab; ++i) {
-    int byte = 0;
-    for (int j = 0; j < 8 / bits; ++j) byte |= codes[i + j * slab] << (j * bits);
-    out[i] = static_cast<uint8_t>(byte);
-  }
-}
-
-constexpr int kWidest = 1024;  // channels of a row, as the binding checks
-
-// Codes [count, width], a byte each.
-template <int Bits>
-KV_INLINE void pack_planes(const uint8_t* codes, int count, int width, uint8_t* out) {
-  for (int t = 0; t < count; ++t) pack_plane(codes + t * width, width, Bits, out + t * packed_bytes(width, Bits));
-}
-
-KV_INLINE void pack_row_of_three(const uint8_t* codes, int width, uint8_t* out) {
-  uint8_t low[kWidest], high[kWidest];
-  for (int d = 0; d < width; ++d) {
-    low[d] = codes[d] & 3;
-    high[d] = codes[d] >> 2;
-  }
-  pack_plane(low, width, 2, out);
-  pack_plane(high, width, 1, out + width / 4);
+  const int slab = packed_bytes(width, Bits), pitch = packed_bytes(width, Of);
+  if (slab % sizeof(vu) == 0) return pack_words<Bits, From, Of, vu>(codes, count, width, out, pitch);
+  if (slab % sizeof(half_vu) == 0) return pack_words<Bits, From, Of, half_vu>(codes, count, width, out, pitch);
+  if (slab % sizeof(uint64_t) == 0) return pack_words<Bits, From, Of, uint64_t>(codes, count, width, out, pitch);
+  pack_words<Bits, From, Of, uint8_t>(codes, count, width, out, pitch);
 }
 
 KV_INLINE void pack_rows(const uint8_t* codes, int count, int width, int bits, uint8_t* out) {
   switch (bits) {
     case 8: std::memcpy(out, codes, count * width); return;
-    case 4: return pack_planes<4>(codes, count, width, out);
-    case 2: return pack_planes<2>(codes, count, width, out);
-    case 1: return pack_planes<1>(codes, count, width, out);
+    case 4: return pack_plane<4, 0, 4>(codes, count, width, out);
+    case 3: pack_plane<2, 0, 3>(codes, count, width, out); return pack_plane<1, 2, 3>(codes, count, width, out + width / 4);
+    case 2: return pack_plane<2, 0, 2>(codes, count, width, out);
+    case 1: return pack_plane<1, 0, 1>(codes, count, width, out);
   }
-  for (int t = 0; t < count; ++t) pack_row_of_three(codes + t * width, width, out + t * packed_bytes(width, 3));
 }
 
 // Codes of eight channels of a row, as bytes.
@@ -76,48 +62,35 @@ KV_INLINE void code_channels(const uint8_t* row, int d, vf s, vf z, vf inverse, 
   for (int i = 0; i < W; ++i) codes[d + i] = cut(found[i], levels);
 }
 
-// What channels or groups are coded with, as many as `Most`.
-template <int Most>
-struct Lines {
-  alignas(32) float s[Most], z[Most], inverse[Most];
-  alignas(32) int32_t narrow[Most];
-
-  KV_MEMBER void put(int i, const Steps& steps) {
-    store(s + i, steps.s);
-    store(z + i, steps.z);
-    store(inverse + i, steps.inverse);
-    *reinterpret_cast<vi*>(narrow + i) = steps.narrow;
-  }
-};
-
 // Entries [begin, end) with one scale and zero per `group` consecutive channels. Eight groups, of one row or several, find their
 // steps together.
 template <Type T>
 void encode_tokens_of(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
   const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits), levels = (1 << bits) - 1;
-  Lines<W * kWidest> lines;
-  alignas(32) float least[W * W] = {}, most[W * W] = {};  // of eight groups
+  const Grid grid = grid_of(bits);
+  const int together = lesser(W, kWidest / groups);  // rows
+  Lines lines;
+  alignas(32) float least[kWidest], most[kWidest], low[W * W] = {}, high[W * W] = {};
   alignas(32) uint8_t codes[W * kWidest];
-  for (int64_t t = begin; t < end; t += W) {
-    const int rows = static_cast<int>(end - t < W ? end - t : W), all = rows * groups;
+  for (int64_t t = begin; t < end; t += together) {
+    const int rows = lesser(end - t, together), all = rows * groups;
     const uint8_t* row = x.data + t * x.stride;
     for (int n = 0, g = 0; n < all; n += W) {
       const int found = all - n < W ? all - n : W;
       for (int k = 0; k < found; ++k) {
-        vf low, high;
-        bounds_of<T>(row, g * group, (g + 1) * group, low, high);
-        store(least + k * W, low);
-        store(most + k * W, high);
+        vf a, b;
+        bounds_of<T>(row, g * group, (g + 1) * group, a, b);
+        store(low + k * W, a);
+        store(high + k * W, b);
         if (++g == groups) {
           g = 0;
           row += x.stride;
         }
       }
-      const Steps steps = steps_of(across(least, least_of), across(most, most_of), splat(static_cast<float>(levels)));
-      std::memcpy(to.scale + 2 * (t * groups + n), &steps.scale, 2 * found);
-      std::memcpy(to.zero + 2 * (t * groups + n), &steps.zero, 2 * found);
-      lines.put(n, steps);
+      store(least + n, across(low, least_of));
+      store(most + n, across(high, most_of));
     }
+    lines.find(least, most, all, grid, to.scale + 2 * t * groups, to.zero + 2 * t * groups);
     row = x.data + t * x.stride;
     for (int r = 0, n = 0; r < rows; ++r, row += x.stride) {
       for (int first = 0; first < D; first += group, ++n) {
@@ -137,112 +110,110 @@ constexpr int kStrip = 32;  // entries whose codes wait as bytes
 
 #if defined(__AVX2__)
 
-// The same for groups of whole blocks, a strip of entries at a time, whose groups are independent of one another at every stage.
+// Entries from one to the one to ask for meanwhile: 32 KB and more, behind those that are coded together.
+template <Type T>
+KV_INLINE int64_t ahead_of(int width, int together) {
+  const int bytes = together * width * (T == Type::f32 ? 4 : 2);
+  return (32768 / bytes + 1) * together;
+}
+
+// Whether two codes of four bits, from the halves of a row, fill each byte of the blocks that are coded together.
+KV_INLINE bool in_pairs(int bits, int width) { return bits == 4 && width % (2 * kBlock) == 0; }
+
+// The same for groups of whole blocks, whose bounds are independent of one another.
 template <Type T>
 void encode_tokens_in_blocks(const Dense& x, int bits, int group, int64_t begin, int64_t end, const Encoded& to) {
-  constexpr int kMost = kStrip * kWidest / kBlock, size = T == Type::f32 ? 4 : 2;
-  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits), levels = (1 << bits) - 1;
-  Lines<kMost> lines;
-  alignas(32) float least[kMost], most[kMost];
-  alignas(32) v8i16 scale[kMost / W], zero[kMost / W];
+  constexpr int size = T == Type::f32 ? 4 : 2;
+  const int D = x.width, groups = D / group, bytes = packed_bytes(D, bits);
+  const bool pairs = in_pairs(bits, D), direct = pairs || bits == 8;
+  const int64_t ahead = ahead_of<T>(D, kStrip);
+  const Grid grid = grid_of(bits);
+  Lines lines;
+  alignas(32) float least[kWidest], most[kWidest];
   alignas(32) uint8_t codes[kStrip * kWidest];
-  int64_t at[kMost];  // where each group of a strip begins
+  int64_t at[kWidest];  // where each group begins, the last one repeated to whole vectors
   for (int n = 0; n < kStrip * groups; ++n) at[n] = n / groups * x.stride + n % groups * group * size;
-  const vf top = splat(static_cast<float>(levels));
   for (int64_t t = begin; t < end; t += kStrip) {
-    const int rows = static_cast<int>(end - t < kStrip ? end - t : kStrip), all = rows * groups;
+    const int rows = lesser(end - t, kStrip), all = rows * groups;
     const uint8_t* from = x.data + t * x.stride;
+    for (int n = all; n % W; ++n) at[n] = at[all - 1];
     for (int n = 0; n < all; n += W) {
       Bounds<T> eight[W];
 #pragma GCC unroll 8
-      for (int k = 0; k < W; ++k) eight[k] = bounds_of_blocks<T>(from + at[n + k < all ? n + k : all - 1], group);
+      for (int k = 0; k < W; ++k) eight[k] = bounds_of_blocks<T>(from + at[n + k], group);
       vf low, high;
       across<T>(eight, low, high);
       store(least + n, low);
       store(most + n, high);
     }
-    for (int n = 0; n < all; n += W) {
-      const Steps steps = steps_of(load(least + n), load(most + n), top);
-      scale[n / W] = steps.scale;
-      zero[n / W] = steps.zero;
-      lines.put(n, steps);
-    }
-    std::memcpy(to.scale + 2 * t * groups, scale, 2 * all);
-    std::memcpy(to.zero + 2 * t * groups, zero, 2 * all);
-    for (int n = 0; n < all; ++n) {
-      const vf s = splat(lines.s[n]), z = splat(lines.z[n]), inverse = splat(lines.inverse[n]);
-      const vf scales[] = {s, s, s, s}, zeros[] = {z, z, z, z}, inverses[] = {inverse, inverse, inverse, inverse};
-      code_blocks<T>(lines.narrow[n], from + at[n], kBlock * size, kStrip * x.stride, group / kBlock, scales, zeros, inverses, levels,
-                     codes + n * group, kBlock);
-    }
-    pack_rows(codes, rows, D, bits, to.codes + t * bytes);
+    lines.find(least, most, all, grid, to.scale + 2 * t * groups, to.zero + 2 * t * groups);
+    uint8_t* out = to.codes + t * bytes;
+    const Strip strip{from, x.stride, rows, groups, direct ? out : codes, direct ? bytes : D, ahead, out, bytes};
+    code_rows<T, true>(lines, grid, strip, D, group, pairs);
+    if (!direct) pack_rows(codes, rows, D, bits, out);
   }
 }
 
 #endif
 
+// Least and most of each channel of a unit; those in whole blocks lie as pairs.
+template <Type T>
+KV_INLINE void bounds_of_unit(const uint8_t* rows, int64_t stride, int unit, int width, float* least, float* most) {
+  int d = 0;
+#if defined(__AVX2__)
+  for (; d + kBlock <= width; d += kBlock) bounds_of_rows<T>(rows, stride, unit, d, least + d, most + d);
+#endif
+  for (; d < width; d += W) {
+    vf low = load_as<T>(rows, d), high = low;
+    for (int t = 1; t < unit; ++t) {
+      const vf v = load_as<T>(rows + t * stride, d);
+      low = vmin(low, v);
+      high = vmax(high, v);
+    }
+    store(least + d, low);
+    store(most + d, high);
+  }
+}
+
 // Units [begin, end) of `unit` consecutive entries with one scale and zero per channel; the width is a multiple of W.
 template <Type T>
 void encode_units_of(const Dense& x, int bits, int unit, int64_t begin, int64_t end, const Encoded& to) {
   const int D = x.width, bytes = packed_bytes(D, bits), levels = (1 << bits) - 1;
-  const vf top = splat(static_cast<float>(levels));
-  Lines<kWidest> lines;
+  const Grid grid = grid_of(bits);
+  Lines lines;
   alignas(32) float least[kWidest], most[kWidest];
   alignas(32) uint8_t codes[kStrip * kWidest];
 #if defined(__AVX2__)
-  const int blocks = D / kBlock * kBlock;  // channels in whole ones, which lie as pairs in least, most and lines
+  const int blocks = D / kBlock * kBlock;  // channels in whole ones
+  const bool pairs = in_pairs(bits, D), direct = pairs || (bits == 8 && blocks == D);
+  const int64_t ahead = ahead_of<T>(D, unit);
 #endif
   for (int64_t u = begin; u < end; ++u) {
     const uint8_t* rows = x.data + u * unit * x.stride;
     uint8_t *scale = to.scale + 2 * u * D, *zero = to.zero + 2 * u * D;
-    int d = 0;
+    bounds_of_unit<T>(rows, x.stride, unit, D, least, most);
+    lines.find(least, most, D, grid, scale, zero);
 #if defined(__AVX2__)
-    for (; d < blocks; d += 2 * W) bounds_of_rows<T>(rows, x.stride, unit, d, least + d, most + d);
-#endif
-    for (; d < D; d += W) {
-      vf low = load_as<T>(rows, d), high = low;
-      for (int t = 1; t < unit; ++t) {
-        const vf v = load_as<T>(rows + t * x.stride, d);
-        low = vmin(low, v);
-        high = vmax(high, v);
-      }
-      store(least + d, low);
-      store(most + d, high);
-    }
-    for (d = 0; d < D; d += W) {
-      const Steps steps = steps_of(load(least + d), load(most + d), top);
-      *reinterpret_cast<v8i16_memory*>(scale + 2 * d) = steps.scale;
-      *reinterpret_cast<v8i16_memory*>(zero + 2 * d) = steps.zero;
-      lines.put(d, steps);
-    }
-#if defined(__AVX2__)
-    for (d = 0; d < blocks; d += 2 * W) {
+    for (int d = 0; d < blocks; d += 2 * W) {
       order_pair<T>(scale + 2 * d);
       order_pair<T>(zero + 2 * d);
     }
 #endif
     for (int first = 0; first < unit; first += kStrip, rows += kStrip * x.stride) {
-      const int count = unit - first < kStrip ? unit - first : kStrip;
-      d = 0;
+      const int count = lesser(unit - first, kStrip);
+      uint8_t* out = to.codes + (u * unit + first) * bytes;
+      int d = 0;
 #if defined(__AVX2__)
-      for (; d < blocks; d += kBlock) {
-        vf s[4], z[4], inverse[4];
-        vi narrow = ~vi{};
-        for (int v = 0; v < 4; ++v) {
-          s[v] = load(lines.s + d + v * W);
-          z[v] = load(lines.z + d + v * W);
-          inverse[v] = load(lines.inverse + d + v * W);
-          narrow &= *reinterpret_cast<const vi*>(lines.narrow + d + v * W);
-        }
-        const uint8_t* row = rows + d * (T == Type::f32 ? 4 : 2);
-        code_blocks<T>(every(narrow), row, x.stride, unit * x.stride, count, s, z, inverse, levels, codes + d, D);
-      }
+      const Strip strip{rows, x.stride, count, 0, direct ? out : codes, direct ? bytes : D, ahead, out, bytes};
+      code_rows<T, false>(lines, grid, strip, blocks, 1, pairs);
+      if (direct) continue;
+      d = blocks;
 #endif
       for (; d < D; d += W) {
         const vf s = load(lines.s + d), z = load(lines.z + d), inverse = load(lines.inverse + d);
         for (int t = 0; t < count; ++t) code_channels<T>(rows + t * x.stride, d, s, z, inverse, levels, codes + t * D);
       }
-      pack_rows(codes, count, D, bits, to.codes + (u * unit + first) * bytes);
+      pack_rows(codes, count, D, bits, out);
     }
   }
 }

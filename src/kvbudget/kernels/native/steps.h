@@ -8,6 +8,15 @@ namespace {
 
 constexpr float kHalfMax = 65504.0f;
 
+// As many of eight as there are.
+KV_INLINE void store_halves(uint8_t* p, v8i16 halves, int count) {
+  if (count >= W) {
+    *reinterpret_cast<v8i16_memory*>(p) = halves;
+  } else {
+    std::memcpy(p, &halves, 2 * count);
+  }
+}
+
 // Rounds to half precision, nearest even; |f| <= kHalfMax.
 KV_INLINE uint16_t float_to_half(float f) {
   uint32_t bits;
@@ -51,11 +60,24 @@ KV_INLINE vf quotient(vf y, vf s, vf inverse) {
 #endif
 }
 
-// Scales and zeros of eight groups, and what the codes are computed with.
+// A grid of 2^-fraction that holds quotients of `levels` and less as floats of one exponent: the bits before the point are then the
+// quotient, those behind it are its fraction.
+struct Grid {
+  int levels, fraction;
+  float base;   // what puts a quotient on the grid: the power of two of that exponent, 1/2 to round, and two steps
+  float reach;  // zero / scale may be as large as this, so that two steps are more than all that is rounded on the way
+};
+
+KV_INLINE Grid grid_of(int bits) {
+  const int fraction = bits < 8 ? 16 : 13;
+  const float power = static_cast<float>(1 << (23 - fraction));
+  return {(1 << bits) - 1, fraction, power + 0.5f + 2.0f / static_cast<float>(1 << fraction), 0.75f * power};
+}
+
+// Scales and zeros of eight groups.
 struct Steps {
   v8i16 scale, zero;
-  vf s, z, inverse;
-  vi narrow;  // lanes set where no quotient is beyond sixteen bits
+  vf s, z;
 };
 
 KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
@@ -65,10 +87,37 @@ KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
   v8i16 scale = to_half(clamp(quotient(vmin(most - to.z, splat(3.4028235e38f)), levels, splat(1.0f) / levels), 0.0f, kHalfMax));
   to.scale = scale | ((scale == 0) & 0x3c00);  // 1.0: a constant group
   to.s = load_half(&to.scale);
-  to.inverse = splat(1.0f) / to.s;
-  to.narrow = ((least - to.z) * to.inverse > splat(-32000.0f)) & ((most - to.z) * to.inverse < splat(32000.0f));
   return to;
 }
+
+constexpr int kWidest = 1024;  // channels of a row, as the binding checks
+
+// What channels or groups are coded with.
+struct Lines {
+  alignas(64) float s[kWidest], z[kWidest], inverse[kWidest];
+  alignas(64) float bias[kWidest];     // x * inverse + bias is on the grid
+  alignas(64) int32_t plain[kWidest];  // set where every quotient rounds to a level
+
+  // Scales and zeros of `count` lines, whose halves go out as well. Two passes, since what waits for a division holds up the rest.
+  KV_MEMBER void find(const float* least, const float* most, int count, const Grid& grid, uint8_t* scale, uint8_t* zero) {
+    const vf levels = splat(static_cast<float>(grid.levels));
+    for (int i = 0; i < count; i += W) {
+      const Steps steps = steps_of(load(least + i), load(most + i), levels);
+      store(s + i, steps.s);
+      store(z + i, steps.z);
+      store_halves(scale + 2 * i, steps.scale, count - i);
+      store_halves(zero + 2 * i, steps.zero, count - i);
+    }
+    for (int i = 0; i < count; i += W) {
+      const vf origin = load(z + i), over = splat(1.0f) / load(s + i), shift = origin * over;
+      store(inverse + i, over);
+      store(bias + i, splat(grid.base) - shift);
+      *reinterpret_cast<vi*>(plain + i) = ((load(least + i) - origin) * over > splat(-0.49f)) &
+                                          ((load(most + i) - origin) * over < levels + splat(0.49f)) & (shift > splat(-grid.reach)) &
+                                          (shift < splat(grid.reach));
+    }
+  }
+};
 
 // Rounded codes, half to even; as bytes they are cut to their levels. Only where half precision cut the scale off is a
 // quotient too large for an integer, which the bound of x - z prevents; one that is too small becomes the least integer.
