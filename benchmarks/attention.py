@@ -322,9 +322,12 @@ def keeping(way: Callable[[Tensor], Any], rows: Sequence[Tensor]) -> list[Callab
 
 
 def encoding(
-    threads: int, seconds: float, dtype: torch.dtype, entries: int = 16384, width: int = 64
+    threads: int, seconds: float, dtype: torch.dtype, kept: bool, entries: int = 16384, width: int = 64
 ) -> list[dict[str, Any]]:
-    """Integer codes of entries, from memory to memory, beside the torch reference and beside copying the entries."""
+    """Integer codes of entries that come from memory, beside the torch reference and beside copying the entries.
+
+    Results go to memory where they are ``kept``, else to where the last one was, which the processor's caches still hold.
+    """
     rows = [filled(entries, width, dtype) for _ in range(copies(dtype.itemsize * entries * width, 64))]
     ways: dict[str, Callable[[Tensor], Any]] = {"copy": torch.clone}
     for bits in (8, 4, 2):
@@ -339,16 +342,16 @@ def encoding(
     variants = []
     for number, (name, way) in enumerate(ways.items()):
         first = number * len(rows) // len(ways)  # elsewhere than the others, which leave what they read in the caches
-        variants.append(Variant(name, keeping(way, rows[first:] + rows[:first]), 0, 0))
+        turned = rows[first:] + rows[:first]
+        variants.append(Variant(name, keeping(way, turned) if kept else [partial(way, x) for x in turned], 0, 0))
     interleave(variants, seconds, clock_of(threads), least=6)
-    title = f"encoding {entries} {str(dtype).removeprefix('torch.')} entries of {width}, groups of {GROUP}"
-    print(f"\n{title}\n{'':42}{'ns/entry':>9}{'of a copy':>10}")
+    title = f"{entries} {str(dtype).removeprefix('torch.')} entries of {width}, groups of {GROUP}"
+    print(f"\nencoding {title}, results {'kept' if kept else 'dropped'}\n{'':42}{'ns/entry':>9}{'of a copy':>10}")
     records = []
     for variant in variants:
         times = variant.median / variants[0].median
-        records.append(
-            {"variant": variant.name, "dtype": str(dtype), "ns": variant.median * 1e9 / entries, "copies": times}
-        )
+        row = {"variant": variant.name, "dtype": str(dtype), "kept": kept}
+        records.append(row | {"ns": variant.median * 1e9 / entries, "copies": times})
         print(f"{variant.name:42}{records[-1]['ns']:9.1f}{times:10.2f}", flush=True)
     return records
 
@@ -378,8 +381,8 @@ def main() -> None:
         print(f"[{number}/{len(tasks)}, {time.perf_counter() - begin:.0f} s]", flush=True)
         write(found, args.json)
     found["prefill"] = prefill_helpers(args.threads)
-    for dtype in (torch.bfloat16, torch.float32):
-        found["encoding"] += encoding(args.threads, args.seconds, dtype)
+    for dtype, kept in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
+        found["encoding"] += encoding(args.threads, args.seconds, dtype, kept)
     write(found, args.json)
 
 
