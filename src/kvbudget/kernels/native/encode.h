@@ -76,7 +76,7 @@ void encode_tokens_of(const Dense& x, int bits, int group, int64_t begin, int64_
     const int rows = lesser(end - t, together), all = rows * groups;
     const uint8_t* row = x.data + t * x.stride;
     for (int n = 0, g = 0; n < all; n += W) {
-      const int found = all - n < W ? all - n : W;
+      const int found = lesser(all - n, W);
       for (int k = 0; k < found; ++k) {
         vf a, b;
         bounds_of<T>(row, g * group, (g + 1) * group, a, b);
@@ -113,7 +113,7 @@ constexpr int kStrip = 32;  // entries whose codes wait as bytes
 // Entries from one to the one to ask for meanwhile: 32 KB and more, behind those that are coded together.
 template <Type T>
 KV_INLINE int64_t ahead_of(int width, int together) {
-  const int bytes = together * width * (T == Type::f32 ? 4 : 2);
+  const int64_t bytes = int64_t{together} * width * (T == Type::f32 ? 4 : 2);
   return (32768 / bytes + 1) * together;
 }
 
