@@ -18,11 +18,11 @@ struct Block {
   int i;
 
   KV_MEMBER vf at(const float* numbers, int v) const { return Shared ? splat(numbers[i]) : load(numbers + i + v * W); }
-  KV_MEMBER bool plain() const {
-    if constexpr (Shared) return lines.plain[i] != 0;
-    vi all = ~vi{};
-    for (int v = 0; v < kBlock / W; ++v) all &= *reinterpret_cast<const vi*>(lines.plain + i + v * W);
-    return _mm256_movemask_epi8((__m256i)all) == -1;
+  KV_MEMBER bool all(const int32_t* flags) const {
+    if constexpr (Shared) return flags[i] != 0;
+    vi set = ~vi{};
+    for (int v = 0; v < kBlock / W; ++v) set &= *reinterpret_cast<const vi*>(flags + i + v * W);
+    return every(set);
   }
 };
 
@@ -68,7 +68,7 @@ struct Divider {
 
   KV_MEMBER void aim(int line) {
     const Block<Shared> block{lines, line};
-    plain = block.plain();
+    plain = block.all(lines.plain);
     for (int v = 0; v < 4; ++v) {
       s[v] = block.at(lines.s, v);
       z[v] = block.at(lines.z, v);
@@ -100,7 +100,6 @@ struct Coder {
   const Lines& lines;
   const Grid& grid;
   int line;
-  bool plain;
   __m512 inverse[2], bias[2];
   __m512i middle, whole, shifted;
 
@@ -118,7 +117,6 @@ struct Coder {
 
   KV_MEMBER void aim(int at_line) {
     line = at_line;
-    plain = Block<Shared>{lines, line}.plain();
     for (int v = 0; v < 2; ++v) {
       inverse[v] = at(lines.inverse, v);
       bias[v] = at(lines.bias, v);
@@ -126,7 +124,6 @@ struct Coder {
   }
 
   KV_MEMBER __m256i operator()(const uint8_t* row) const {
-    if (__builtin_expect(!plain, 0)) return divide_apart<T, Shared>(row, lines, grid, line);
     __m512i x[2];
     if constexpr (T == Type::bf16) {
       const __m512i words = _mm512_loadu_si512(row);
@@ -149,11 +146,6 @@ struct Coder {
   }
 };
 
-#else
-
-template <Type T, bool Shared>
-using Coder = Divider<T, Shared>;
-
 #endif
 
 KV_INLINE void store_bytes(uint8_t* p, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }
@@ -169,32 +161,33 @@ struct Strip {
   const uint8_t* out;  // where packed codes go at last, so many bytes of each entry
   int bytes;
 
-  // What a block of an entry `ahead` will read and write is asked for, into the second level of caches.
+  // What a block of an entry `ahead` will read, and where its packed codes will go, is asked for, into the second level of caches.
   template <Type T>
-  KV_MEMBER void prefetch(int t, int64_t at, int written) const {
+  KV_MEMBER void prefetch(int t, int64_t at) const {
     const uint8_t* row = from + (t + ahead) * stride + at;
     for (int line = 0; line < (T == Type::f32 ? 128 : 64); line += 64) __builtin_prefetch(row + line, 0, 2);
-    __builtin_prefetch(out + (t + ahead) * bytes + written, 1, 2);
   }
+  KV_MEMBER void prefetch_out(int t, int at) const { __builtin_prefetch(out + (t + ahead) * bytes + at, 1, 2); }
 };
 
-// A byte per code of a block; `line` and `from` are where it begins in the first row.
-template <Type T, bool Shared>
+// A byte per code of a block; `line` and `from` are where it begins in the first entry.
+template <Type T, bool Shared, template <Type, bool> class Way>
 KV_INLINE void code_blocks(const Lines& lines, const Grid& grid, const Strip& strip, int line, int64_t from, int to) {
-  Coder<T, Shared> coder(lines, grid);
+  const int written = to * strip.bytes / strip.pitch;
+  Way<T, Shared> coder(lines, grid);
   coder.aim(line);
   for (int t = 0; t < strip.count; ++t) {
     if constexpr (Shared) coder.aim(line + t * strip.step);
-    const uint8_t* row = strip.from + t * strip.stride + from;
-    strip.prefetch<T>(t, from, to);
-    store_bytes(strip.to + t * strip.pitch + to, coder(row));
+    strip.prefetch<T>(t, from);
+    strip.prefetch_out(t, written);
+    store_bytes(strip.to + t * strip.pitch + to, coder(strip.from + t * strip.stride + from));
   }
 }
 
-// A byte per two codes of four bits, of blocks in the first and in the second half of a row.
-template <Type T, bool Shared>
+// A byte per two codes of four bits, of blocks in the first and in the second half of an entry.
+template <Type T, bool Shared, template <Type, bool> class Way>
 KV_INLINE void code_pairs(const Lines& lines, const Grid& grid, const Strip& strip, const int* line, const int64_t* from, int to) {
-  Coder<T, Shared> low(lines, grid), high(lines, grid);
+  Way<T, Shared> low(lines, grid), high(lines, grid);
   low.aim(line[0]);
   high.aim(line[1]);
   for (int t = 0; t < strip.count; ++t) {
@@ -203,9 +196,17 @@ KV_INLINE void code_pairs(const Lines& lines, const Grid& grid, const Strip& str
       high.aim(line[1] + t * strip.step);
     }
     const uint8_t* row = strip.from + t * strip.stride;
-    for (int h = 0; h < 2; ++h) strip.prefetch<T>(t, from[h], to);
+    strip.prefetch<T>(t, from[0]);
+    strip.prefetch<T>(t, from[1]);
+    strip.prefetch_out(t, to);
     store_bytes(strip.to + t * strip.pitch + to, _mm256_or_si256(low(row + from[0]), _mm256_slli_epi16(high(row + from[1]), 4)));
   }
+}
+
+// Whether a block whose first line is this is on the grid in all entries.
+template <bool Shared>
+KV_INLINE bool on_grid(const Lines& lines, int line) {
+  return Shared ? lines.all_near : Block<Shared>{lines, line}.all(lines.near);
 }
 
 // Codes of the whole blocks of rows of `width` channels, whose lines stand for `share` channels each: a byte for
@@ -217,11 +218,25 @@ KV_INLINE void code_rows(const Lines& lines, const Grid& grid, const Strip& stri
     for (int d = 0; d < width / 2; d += kBlock) {
       const int channels[] = {d, d + width / 2}, line[] = {channels[0] / share, channels[1] / share};
       const int64_t from[] = {channels[0] * size, channels[1] * size};
-      code_pairs<T, Shared>(lines, grid, strip, line, from, d);
+#if defined(__AVX512BW__)
+      if (on_grid<Shared>(lines, line[0]) && on_grid<Shared>(lines, line[1])) {
+        code_pairs<T, Shared, Coder>(lines, grid, strip, line, from, d);
+        continue;
+      }
+#endif
+      code_pairs<T, Shared, Divider>(lines, grid, strip, line, from, d);
     }
     return;
   }
-  for (int d = 0; d < width; d += kBlock) code_blocks<T, Shared>(lines, grid, strip, d / share, d * size, d);
+  for (int d = 0; d < width; d += kBlock) {
+#if defined(__AVX512BW__)
+    if (on_grid<Shared>(lines, d / share)) {
+      code_blocks<T, Shared, Coder>(lines, grid, strip, d / share, d * size, d);
+      continue;
+    }
+#endif
+    code_blocks<T, Shared, Divider>(lines, grid, strip, d / share, d * size, d);
+  }
 }
 
 #endif

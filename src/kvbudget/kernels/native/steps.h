@@ -34,6 +34,16 @@ KV_INLINE uint16_t float_to_half(float f) {
   return static_cast<uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }
 
+KV_INLINE bool every(vi lanes) {
+#if defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)lanes) == -1;
+#else
+  for (int i = 0; i < W; ++i)
+    if (!lanes[i]) return false;
+  return true;
+#endif
+}
+
 KV_INLINE vf clamp(vf x, float low, float high) { return vmin(vmax(x, splat(low)), splat(high)); }
 
 KV_INLINE v8i16 to_half(vf x) {
@@ -65,7 +75,10 @@ KV_INLINE vf quotient(vf y, vf s, vf inverse) {
 struct Grid {
   int levels, fraction;
   float base;   // what puts a quotient on the grid: the power of two of that exponent, 1/2 to round, and two steps
-  float reach;  // zero / scale may be as large as this, so that two steps are more than all that is rounded on the way
+  // zero / scale may be as large as this, so that two steps are more than all that is rounded on the way. In steps, with 16 (13) bits of
+  // fraction: 0.12 (0.25) by x - zero and the quotient that it stands for, 0.06 (0.12) by the inverse, 0.25 by zero * inverse, and 0.5
+  // each by the bias and by x * inverse + bias, together 1.43 (1.62).
+  float reach;
 };
 
 KV_INLINE Grid grid_of(int bits) {
@@ -90,13 +103,15 @@ KV_INLINE Steps steps_of(vf least, vf most, vf levels) {
   return to;
 }
 
-constexpr int kWidest = 1024;  // channels of a row, as the binding checks
+constexpr int kWidest = 1024;  // channels of a row, as native.py checks, and lines that are found together
 
 // What channels or groups are coded with.
 struct Lines {
   alignas(64) float s[kWidest], z[kWidest], inverse[kWidest];
   alignas(64) float bias[kWidest];     // x * inverse + bias is on the grid
-  alignas(64) int32_t plain[kWidest];  // set where every quotient rounds to a level
+  alignas(64) int32_t plain[kWidest];  // set where every quotient rounds to a level,
+  alignas(64) int32_t near[kWidest];   // and where the zero is inside the grid's reach
+  bool all_near;                       // set where all lines are
 
   // Scales and zeros of `count` lines, whose halves go out as well. Two passes, since what waits for a division holds up the rest.
   KV_MEMBER void find(const float* least, const float* most, int count, const Grid& grid, uint8_t* scale, uint8_t* zero) {
@@ -108,14 +123,18 @@ struct Lines {
       store_halves(scale + 2 * i, steps.scale, count - i);
       store_halves(zero + 2 * i, steps.zero, count - i);
     }
+    vi all = ~vi{};
     for (int i = 0; i < count; i += W) {
       const vf origin = load(z + i), over = splat(1.0f) / load(s + i), shift = origin * over;
       store(inverse + i, over);
       store(bias + i, splat(grid.base) - shift);
-      *reinterpret_cast<vi*>(plain + i) = ((load(least + i) - origin) * over > splat(-0.49f)) &
-                                          ((load(most + i) - origin) * over < levels + splat(0.49f)) & (shift > splat(-grid.reach)) &
-                                          (shift < splat(grid.reach));
+      const vi inside = ((load(least + i) - origin) * over > splat(-0.49f)) & ((load(most + i) - origin) * over < levels + splat(0.49f));
+      *reinterpret_cast<vi*>(plain + i) = inside;
+      const vi close = inside & (shift > splat(-grid.reach)) & (shift < splat(grid.reach));
+      *reinterpret_cast<vi*>(near + i) = close;
+      all &= close;
     }
+    all_near = every(all);
   }
 };
 
