@@ -24,17 +24,29 @@ from kvbudget import attention
 POLICIES = ("snapkv", "snapkv+adakv", "h2o", "tova", "snapkv+kivi(bits=4)", "snapkv+kivi(bits=2)", "h2o+kivi(bits=4)")
 
 
-def spans(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The function, which notes how long each call takes."""
+class Calls:
+    """Attention calls as pairs of seconds: what follows the attention, which most steps do without, and the whole call."""
 
-    def timed(*arguments: Any, **options: Any) -> Any:
-        begin = time.thread_time()
-        try:
-            return function(*arguments, **options)
-        finally:
-            seconds.append(time.thread_time() - begin)
+    def __init__(self) -> None:
+        self.pairs: list[tuple[float, float]] = []
+        self._acted = 0.0
 
-    return timed
+    def acting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What follows the attention, timed."""
+
+        def timed(*arguments: Any) -> None:
+            begin = time.thread_time()
+            function(*arguments)
+            self._acted += time.thread_time() - begin
+
+        return timed
+
+    def attention(self, *arguments: Any, **options: Any) -> Any:
+        """The attention call, timed."""
+        self._acted, begin = 0.0, time.thread_time()
+        answer = attention.attention_function(*arguments, **options)
+        self.pairs.append((self._acted, time.thread_time() - begin))
+        return answer
 
 
 def measure(model: Any, policy: str, entries: int, steps: int) -> dict[str, Any]:
@@ -42,21 +54,19 @@ def measure(model: Any, policy: str, entries: int, steps: int) -> dict[str, Any]
     cache = kvbudget.KVCache(model, policy, entries)
     with torch.inference_mode():
         model(torch.randint(model.config.vocab_size, (1, entries + 64)), past_key_values=cache)
-        acts: list[float] = []
-        calls: list[float] = []
-        cache.enforcer.act = spans(cache.enforcer.act, acts)
-        AttentionInterface.register(attention.NAME, spans(attention.attention_function, calls))
+        calls = Calls()
+        cache.enforcer.act = calls.acting(cache.enforcer.act)
+        AttentionInterface.register(attention.NAME, calls.attention)
         found: dict[str, list[tuple[float, float]]] = {"evicting": [], "after": [], "resting": []}
         kind = "resting"
         for step in range(steps):
-            acts.clear()
-            calls.clear()
+            calls.pairs.clear()
             before = cache.enforcer.evictions
             model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
             evicted = cache.enforcer.evictions > before
             kind = "evicting" if evicted else "after" if kind == "evicting" else "resting"
             if step >= steps // 4:
-                found[kind] += zip(acts, calls, strict=True)
+                found[kind] += calls.pairs
     record: dict[str, Any] = {"policy": policy, "entries": entries}
     for name, pairs in found.items():
         if pairs:
