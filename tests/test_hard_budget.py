@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvbudget import KVCache, methods
 from kvbudget.errors import BudgetError, PolicyError
-from kvbudget.policy.base import Recipe
+from kvbudget.policy.base import Recipe, Trigger
 from residency import model_tensors, resident_bytes
 from tiny import HYBRID, SUPPORTED, left_padded, random_text, tiny_model
 
@@ -273,18 +273,80 @@ def decode(model: PreTrainedModel, cache: KVCache, prompt: int, steps: int) -> l
 def test_when_over_budget_evicts_ahead_and_fills_up_again() -> None:
     model = model_of("llama")
     sizes = decode(model, KVCache(model, "knorm", 128), 200, 50)
-    assert sizes[0] == 128 and max(sizes) == 128 and min(sizes) == 113
     grown = [after - before for before, after in pairwise(sizes)]
-    assert set(grown) == {1, -15}
+    # The first token finds no room; from then on entries leave when the rows are full, for sixteen more.
+    assert sizes[:2] == [128, 112] and min(sizes) == 112
+    assert grown[1:17] == [1] * 15 + [-15] and set(grown[1:]) == {1, -15}
 
 
 @pytest.mark.parametrize(
-    ("when", "least"), [("chunk", 128), ("every(1)", 128), ("every(4)", 125), ("every(1000)", 113)]
+    ("when", "least"), [("chunk", 128), ("every(1)", 128), ("every(4)", 124), ("every(1000)", 112)]
 )
 def test_when_bounds_how_far_ahead_evictions_go(when: str, least: int) -> None:
     model = model_of("llama")
     sizes = decode(model, KVCache(model, "knorm", 128, when=when), 200, 40)
     assert (max(sizes), min(sizes)) == (128, least)
+
+
+def test_a_share_that_widens_counts_by_whole_stretches() -> None:
+    """Rows are laid out anew only where a share has gained a whole stretch of entries, and are never above the share."""
+    model = model_of("llama")
+    cache = KVCache(model, "knorm", "80%")
+    ids = random_text(200 + 120)
+    feed(model, cache, ids, None, 0, 200)
+    layouts, sizes = set(), []
+    for end in range(201, 321):
+        feed(model, cache, ids, None, end - 1, end)
+        (segment,) = cache.enforcer.layers[0].main
+        assert max(segment.lengths) <= int(0.8 * end) and max(segment.meta.capacities) <= int(0.8 * end)
+        layouts.add(segment.meta.capacities[0])
+        sizes.append(segment.lengths[0])
+    assert layouts == {160, 176, 192, 208, 224, 240}
+    assert all(n % 16 == 0 for a, n in pairwise(sizes) if n < a)
+
+
+def states(model: PreTrainedModel, cache: KVCache, ids: Tensor, mask: Tensor | None, prompt: int) -> list[Tensor]:
+    """After every step, how many entries each row of the layers holds, and how many of their values are coded."""
+    found = []
+    for begin, end in chunks(chain([prompt], repeat(1)), ids.shape[1]):
+        feed(model, cache, ids, mask, begin, end)
+        main = [segment for store in cache.enforcer.layers for segment in store.main]
+        coded = [segment.value.coded for segment in main if segment.unit > 1]
+        found.append(torch.tensor([segment.lengths for segment in main] + coded))
+    return found
+
+
+@pytest.mark.parametrize("policy", ["knorm", "h2o+kivi(bits=4, residual=64)"])
+def test_stretches_of_a_padded_batch_are_those_of_its_rows(policy: str) -> None:
+    """Sequences of other lengths evict and seal at other steps, each where it would alone."""
+    model = model_of("llama")
+    for budget in ("40%", 130):
+        ids, mask = left_padded([random_text(n, seed=n) for n in (310, 203)])
+        answer = random_text(70, seed=9)
+        batch = torch.cat([ids, answer.expand(2, -1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(2, 70)], dim=1)
+        together = states(model, KVCache(model, policy, budget), batch, mask, 310)
+        for b, n in enumerate((310, 203)):
+            row = torch.cat([random_text(n, seed=n), answer], dim=1)
+            alone = states(model, KVCache(model, policy, budget), row, None, n)
+            assert [step[:, 2 * b : 2 * b + 2].tolist() for step in together] == [step.tolist() for step in alone]
+
+
+@pytest.mark.parametrize(
+    ("every", "entries", "steps"),
+    [
+        (None, 7, 1),
+        (None, 40, 5),
+        (None, 128, 16),
+        (None, 1087, 16),
+        (None, 1088, 17),
+        (None, 8192, 128),
+        (1, 8192, 1),
+        (4, 8192, 4),
+    ],
+)
+def test_an_eviction_makes_room_for_a_stretch_of_steps(every: int | None, entries: int, steps: int) -> None:
+    assert Trigger(every=every).stretch(entries) == steps
 
 
 def test_when_after_prefill_compresses_once_and_then_only_grows() -> None:

@@ -141,11 +141,10 @@ class Attending(Cache):
             return None
         self.broken = layer.label
         out, lse = self._outs[index], self._lses[index]
-        settled = store.step(query, key, value, scale, softcap, out, lse, add=True)
-        if settled is None:
+        if not store.step(query, key, value, scale, softcap, out, lse, add=True):
             return None
         layer.columns += 1
-        if not settled:
+        if not store.summed or store.rest < 0:
             queries = None if lse is None or layer.at is None else Queries(query, lse, scale, softcap)
             if torch.is_inference_mode_enabled():
                 self._finish(layer, queries)
@@ -166,7 +165,7 @@ class Attending(Cache):
         if self._special or self.probing is not None:
             return self._attend_specially(layer, call)
         self.broken = layer.label
-        out, lse = layer.store.forward(call)
+        out, lse = layer.store.forward(call, add=self.stepping)
         self._follow(layer, call, lse, call.query.shape[2])
         return out
 
@@ -192,7 +191,7 @@ class Attending(Cache):
             return out if projection is None else projection.leave(owner.index, out, asked)
         self.broken = layer.label
         width, thinned = call.query.shape[2], self._survivors
-        if self.parts.thinning and width > self.parts.trigger.every and thinned is None and not self.recording:
+        if self.parts.thinning and width > self.parts.trigger.small and thinned is None and not self.recording:
             seen = layer.store.seen or [0] * call.query.shape[0]
             self._survivors = Survivors.all(seen, width, call.valid, call.query.device)
         if thinned is not None:
@@ -206,7 +205,7 @@ class Attending(Cache):
     def _follow(self, layer: AttentionLayer, call: AttentionCall, lse: Tensor, width: int) -> None:
         """What follows the answer to a call of ``width`` tokens."""
         layer.columns += width
-        big = width > self.parts.trigger.every
+        big = width > self.parts.trigger.small
         if big:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
         if not self.recording and not self.enforcer.watches and not self._shares:
@@ -245,7 +244,7 @@ class Attending(Cache):
             for juror, call in zip([self.layers[i].juror for i in readers], calls[1:], strict=False):
                 if juror is not None:
                     juror.append(call.key, call.value, own.valid)
-            if key.shape[2] > self.parts.trigger.every:
+            if key.shape[2] > self.parts.trigger.small:
                 self.peak_bytes = max(self.peak_bytes, self.nbytes)
         judges = [index, *(i for i in readers if i in self._ready)]
         if self.recording:

@@ -43,7 +43,8 @@ class Enforcer(Verdicts):
 
     def after_attention(self, index: int, view: View) -> None:
         """Ends the attention of layer ``self.layers[index]``: statistics first, then evictions, then codecs."""
-        self.observe(index, view)
+        if not view.layer.summed:
+            self.observe(index, view)
         self.act(index, view)
 
     def observe(self, index: int, view: View) -> None:
@@ -97,9 +98,7 @@ class Enforcer(Verdicts):
             return 0
         if self.budget.kind == "none":
             return sys.maxsize
-        # A share of a text that is not over yet only grows; where it has grown, room is made before it is needed.
-        grows = self.budget.kind == "fraction" and self.max_length is None
-        return min(int(self._mean(b)) for b in range(layer.batch_size)) - layer.longest - grows
+        return min(layer.capacity or [0]) // layer.num_kv_heads - layer.longest - 1
 
     @cached_property
     def _steady(self) -> bool:
@@ -171,23 +170,22 @@ class Enforcer(Verdicts):
         if layer is not group[0]:
             return
         index, heads, batch = self.layers.index(layer), layer.num_kv_heads, range(len(layer.seen))
-        limits = [self._limit(index, b) for b in batch]
-        if self._rests and layer.capacity == limits and layer.longest * heads <= min(limits):
+        fresh, held = new_tokens or view.new_tokens, layer.evictable()
+        limits, bounds = zip(*(self._bounds(layer, index, b, fresh[b], min(held[b])) for b in batch), strict=True)
+        if self._rests and layer.capacity == list(limits) and layer.longest * heads <= min(bounds):
             return
-        held = layer.evictable()
         for each in group:
             room = None if self.budget.kind == "none" else [self._room(b, n, heads) for b, n in enumerate(limits)]
             each.set_capacity(room)
         if not self._apart:
-            over = [max(held[b]) * heads > limits[b] for b in batch]
+            over = [max(held[b]) * heads > bounds[b] for b in batch]
         else:
             free, pinned = self._free[index], self._pinned[index]
-            over = [sum(held[b][h] for h in free) > limits[b] - pinned * self._until(b) for b in batch]
+            over = [sum(held[b][h] for h in free) > bounds[b] - pinned * self._until(b) for b in batch]
         if among is not None:
             over = [o and may for o, may in zip(over, among, strict=True)]
         due = self._due(layer, view, new_tokens)
         if any(over) or any(due):
-            fresh = new_tokens or view.new_tokens
             targets = [self._target(layer, b, limits[b], fresh[b]) for b in batch]
             self._evict(layer, view, over, due, targets, limits)
         for each in group if self.cost.aside and self.budget.kind == "bytes" else ():
@@ -217,10 +215,12 @@ class Enforcer(Verdicts):
         heads = layer.num_kv_heads
         free = len(self._free[self.layers.index(layer)])
         seen, until = layer.seen[b], self._until(b)
-        entries = (limit - (heads - free) * until) // max(free, 1)
-        slack = until - seen if self._grows else self._slack(entries, new_tokens)
-        least = (heads - free) * seen + self.floor * free
-        return min(limit, max(limit - slack * heads, least))
+        if self._grows:
+            slack = (until - seen) * heads
+        else:
+            stretch = self.parts.trigger.stretch(self._each(layer, b, limit))
+            slack = stretch * free if self._small(stretch, new_tokens) else 0
+        return min(limit, max(limit - slack, (heads - free) * seen + self.floor * free))
 
     def _limit_aside(self, layer: LayerCache) -> None:
         """Drops what the destination holds beyond its share, the same from all heads of a sequence that hold enough."""
@@ -269,11 +269,17 @@ class Enforcer(Verdicts):
             return [False] * layer.batch_size
         if new_tokens is None and view.queries is None:  # outside of a forward
             return [True] * layer.batch_size
-        every, fresh = self.parts.trigger.every, new_tokens or view.new_tokens
+        every, fresh = self.parts.trigger.small, new_tokens or view.new_tokens
         return [seen // every > (seen - new) // every for seen, new in zip(layer.seen, fresh, strict=True)]
 
     def _evict(
-        self, layer: LayerCache, view: View, over: list[bool], due: list[bool], targets: list[int], limits: list[int]
+        self,
+        layer: LayerCache,
+        view: View,
+        over: list[bool],
+        due: list[bool],
+        targets: list[int],
+        limits: Sequence[int],
     ) -> None:
         heads, valid, index = layer.num_kv_heads, view.valid, self.layers.index(layer)
         leader = self._leader(index)
@@ -290,13 +296,14 @@ class Enforcer(Verdicts):
         kept = [sum(rows[b * heads : (b + 1) * heads]) for b in range(layer.batch_size)]
         spare = max(0, min((limit - k) // heads for limit, k in zip(limits, kept, strict=True)))
         if self.parts.threshold is not None:  # which leaves the share far from full
-            spare = min(spare, self.parts.trigger.every)
-        group, destination, gone = self._group(layer), self.parts.destination, ~keep & valid.flatten(0, 1)
-        evicted = []
-        for each in () if destination is None else group:
-            judge = self.layers[self._leader(self.layers.index(each))]  # with the same cells, where all layers vote
-            own = scores if layer in (each, judge) else self._scores(View(judge))
-            evicted.append(self._gather(each, gone, keep, own.flatten(0, 1)))
+            spare = min(spare, self.parts.trigger.small)
+        group, destination, evicted = self._group(layer), self.parts.destination, []
+        if destination is not None:
+            gone = ~keep & valid.flatten(0, 1)
+            for each in group:
+                judge = self.layers[self._leader(self.layers.index(each))]  # with the same cells, where all layers vote
+                own = scores if layer in (each, judge) else self._scores(View(judge))
+                evicted.append(self._gather(each, gone, keep, own.flatten(0, 1)))
         for each in group:
             each.evict(keep, spare)
         self.evictions += 1
@@ -316,7 +323,28 @@ class Enforcer(Verdicts):
             begin += segment.longest
         return Evicted.join(pieces, scores[keep])
 
-    def _slack(self, entries: int, new_queries: int) -> int:
-        """Entries per head to evict ahead, so that small steps do not pay for an eviction each."""
-        every = min(self.parts.trigger.every, max(1, entries // 8))
-        return every - 1 if 0 < new_queries <= every else 0
+    def _each(self, layer: LayerCache, b: int, limit: int) -> int:
+        """Entries that a limit buys each head that does not keep everything."""
+        free = len(self._free[self.layers.index(layer)])
+        return (limit - (layer.num_kv_heads - free) * self._until(b)) // max(free, 1)
+
+    def _bounds(self, layer: LayerCache, index: int, b: int, new_tokens: int, least: int) -> tuple[int, int]:
+        """What sequence b, whose heads hold ``least`` or more, may hold of a layer, and beyond what it loses entries.
+
+        A text that fits stays whole. Where it has lost entries, small steps find room: some leave when the rows are full; and
+        what a share that widens with the text has gained counts by whole stretches, since its rows are laid out anew for it.
+        """
+        limit = self._limit(index, b)
+        if self._grows or least >= layer.seen[b]:
+            return limit, limit
+        entries, free = self._each(layer, b, limit), len(self._free[index])
+        stretch = self.parts.trigger.stretch(entries)
+        if not self._small(stretch, new_tokens):
+            return limit, limit
+        if self.budget.kind == "fraction" and self.max_length is None:
+            limit -= min(entries % stretch, max(0, entries - self.floor)) * free
+        return limit, limit - free
+
+    def _small(self, stretch: int, new_tokens: int) -> bool:
+        """Whether so few tokens came that room is made for a stretch of them."""
+        return stretch > 1 and 0 < new_tokens <= min(stretch, self.parts.trigger.small)

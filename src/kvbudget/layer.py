@@ -16,6 +16,7 @@ from kvbudget.segments import retrospective, selective
 from kvbudget.segments.base import AttendContext, Segment
 from kvbudget.segments.entries import WINDOW_OVERRUN, LayerEntries
 from kvbudget.segments.lane import Lane, Sum
+from kvbudget.segments.quantized import QuantizedSegment
 from kvbudget.segments.ragged import ranges
 
 # Up to this many new tokens are stored first and then attended with the rest; more are attended as a block of their own.
@@ -52,8 +53,8 @@ class LayerCache(LayerEntries):
     A ``selector`` says what queries read of the entries held (extra passes of a plan and of measurements read everything);
     ``reads`` says it where queries are answered again. While ``spills``, a token that finds the rows full may stay in a segment
     of its own until the eviction that follows: where shares of layers move, none may follow. ``sums`` are what the scorer
-    adds to states after a token of each sequence (None: it has to look itself). While ``verifying``, forwards of up to
-    `MOST_DRAFTS` tokens bring drafts of what would come one by one.
+    adds to states after a token of each sequence (None: it has to look itself), and ``summed`` says that the newest token's
+    have been added. While ``verifying``, forwards of up to `MOST_DRAFTS` tokens bring drafts of what would come one by one.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LayerCache(LayerEntries):
         self.spills = self.verifying = False
         self.sums: Sequence[Sum] | None = ()
         self._lane: Lane | None = None
-        self._fresh = False
+        self._fresh = self.summed = False
 
     @property
     def most_decoded(self) -> int:
@@ -83,10 +84,11 @@ class LayerCache(LayerEntries):
         """Whether the newest token came by `step` and leaves nothing to be evicted or sealed."""
         return self._fresh and self.rest >= 0
 
-    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AttentionCall, *, add: bool = False) -> tuple[Tensor, Tensor]:
         """Attends the call's queries to everything held and to the new tokens, which are then held too.
 
-        Returns ``out [B, Hq, n, Dv]`` in the query's dtype and ``lse [B, Hq, n]`` float32.
+        With ``add``, a lane that serves the call may add the layer's `sums`. Returns ``out [B, Hq, n, Dv]`` in the query's
+        dtype and ``lse [B, Hq, n]`` float32.
         """
         if self.selector is not None and (selected := self._selected(call, self.selector)) is not None:
             return selected
@@ -98,9 +100,9 @@ class LayerCache(LayerEntries):
                 return out.to(call.query.dtype), lse
             retrospective.forget(self)
         few = call.valid is None and call.steps is None and call.query.shape[2] <= FEW_TOKENS
-        self._fresh = False
+        self._fresh = self.summed = False
         if few:
-            if call.query.shape[2] == 1 and (answer := self._step(call)) is not None:
+            if call.query.shape[2] == 1 and (answer := self._step(call, add)) is not None:
                 return answer
             self.append(call.key, call.value, None)
             return self._join(call, list(self._held(call, tail=call.query.shape[2])))
@@ -113,14 +115,14 @@ class LayerCache(LayerEntries):
         selected = None if self.selector is None else self._selected(call, self.selector, stored=False)
         return self.probe(call)[:2] if selected is None else selected
 
-    def _step(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+    def _step(self, call: AttentionCall, add: bool) -> tuple[Tensor, Tensor] | None:
         """`forward` of one token as a `step`; None, with nothing done, where that cannot be."""
         batch, heads, _, _ = call.query.shape
         if call.sink is not None or call.face or not call.query.is_cpu:
             return None
         out, lse = call.query.new_empty(batch, 1, heads, call.value.shape[-1]), torch.empty(batch, heads, 1)
-        done = self.step(call.query, call.key, call.value, call.scale, call.softcap, out, lse)
-        return None if done is None else (out.transpose(1, 2), lse)
+        done = self.step(call.query, call.key, call.value, call.scale, call.softcap, out, lse, add=add)
+        return (out.transpose(1, 2), lse) if done else None
 
     def step(
         self,
@@ -133,32 +135,44 @@ class LayerCache(LayerEntries):
         lse: Tensor | None,
         *,
         add: bool = False,
-    ) -> bool | None:
-        """One token of each sequence by the prepared lane; None, with nothing done, where that cannot be.
+    ) -> bool:
+        """One token of each sequence by the prepared lane; False, with nothing done, where that cannot be.
 
         The answer goes to ``out [B, 1, Hq, Dv]``, heads behind the token, and to ``lse [B, Hq, 1]`` float32. With ``add``,
-        the layer's `sums` may be added, too: true where they are, and nothing is to be evicted or sealed.
+        the layer's `sums` may be added, too (`summed`).
         """
         lane, main, seen, window = self._lane, self.main, self.seen, self.window
         if lane is None or lane.handle is None or lane.main != main or lane.front != self.front:
-            if self.shift is not None or self.selector is not None or self.reads is not None or not main:
-                return None
-            if lane is None or lane.moved or lane.main != main or lane.front != self.front:
-                group = query.shape[1] // self.num_kv_heads
-                lane = self._lane = Lane(self.front, main, group, lane is not None and lane.wanted, self.sums)
-            if lane.handle is None:
-                return None
+            lane = self._prepared(query)
+            if lane is None:
+                return False
         rest = self.rest - 1
-        add = add and rest >= 0 and lane.can_add
+        add = add and lane.can_add
         if not lane.step(query, key, value, seen, scale, softcap, window, out, lse, add=add):
             spills = self.spills and len(main) == 1 and window is None and not self.apart
             apart = lane.apart(key, value, seen) if spills else None
-            if apart is None or not lane.step(query, key, value, seen, scale, softcap, window, out, lse, apart):
-                return None
-            main.append(apart)
-            rest, add = -1, False
-        self.seen, self.rest, self._fresh = list(map(_NEXT, seen)), rest, True
-        return add
+            if apart is None and not (lane.grow() and (lane := self._prepared(query)) is not None):
+                return False
+            if not lane.step(
+                query, key, value, seen, scale, softcap, window, out, lse, apart, add=add and apart is None
+            ):
+                return False
+            rest = -1
+            if apart is not None:
+                main.append(apart)
+                add = False
+        self.seen, self.rest, self._fresh, self.summed = list(map(_NEXT, seen)), rest, True, add
+        return True
+
+    def _prepared(self, query: Tensor) -> Lane | None:
+        """The lane over what is held now; None where no lane can serve it."""
+        lane, main, front = self._lane, self.main, self.front
+        if self.shift is not None or self.selector is not None or self.reads is not None or not main:
+            return None
+        if lane is None or lane.moved or lane.main != main or lane.front != front:
+            group = query.shape[1] // self.num_kv_heads
+            lane = self._lane = Lane(front, main, group, lane is not None and lane.wanted, self.sums)
+        return None if lane.handle is None else lane
 
     def _leave_lane(self) -> None:
         """Forgets a lane over segments that have been replaced, and what it set apart, which it would keep alive."""
@@ -195,7 +209,7 @@ class LayerCache(LayerEntries):
 
     def probe(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`, but leaves the new tokens out of the cache; also returns what held entries do not add to the lse."""
-        self._fresh = False
+        self._fresh = self.summed = False
         inside = self._inside(call)
         out, lse = self._join(call, [*self._held(call, tail=0), inside])
         own = inside.lse.view(lse.shape)
@@ -210,6 +224,13 @@ class LayerCache(LayerEntries):
             return
         if self.window is not None:
             self._slide()
+        # A token that waited for an eviction which did not come counts among those that a codec awaits.
+        if (
+            self._lane is not None
+            and self._lane.spilled in self.main[1:]
+            and isinstance(self.main[-2], QuantizedSegment)
+        ):
+            self.main[-2].absorb([self.main.pop()])
         for segment in self.segments:
             segment.seal(asked)
         self._leave_lane()
@@ -263,12 +284,12 @@ class LayerCache(LayerEntries):
     def fork(self) -> LayerCache:
         """As `LayerEntries.fork`, without the lane, which holds addresses."""
         other = super().fork()
-        other._lane, other._fresh, other.rest = None, False, 0
+        other._lane, other._fresh, other.summed, other.rest = None, False, False, 0
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without a lane, which holds addresses."""
-        return self.__dict__ | {"_lane": None, "_fresh": False, "rest": 0}
+        return self.__dict__ | {"_lane": None, "_fresh": False, "summed": False, "rest": 0}
 
     def _held(self, call: AttentionCall, tail: int) -> Iterator[Partial]:
         """Partials over the segments; ``tail`` newest entries of the last one belong to the queries themselves."""

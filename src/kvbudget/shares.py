@@ -267,7 +267,7 @@ class Shares:
         mean = (self.mean_entries(FAR if self.cost.aside else seen) * heads - pinned * seen) / free
         if self.parts.heads is not None:
             mean = min(mean, self.parts.heads.most(seen))
-        every = min(self.parts.trigger.every, max(1, int(mean) // 8))
+        every = min(self.parts.trigger.small, max(1, int(mean) // 8))
         if pinned:  # which grow to the end of the stretch too
             every = min(every, 1 + max(0, int((mean - self.floor) * free / pinned)))
         return -(-seen // every) * every

@@ -24,9 +24,7 @@ class Verdicts(Shares):
         """Scores ``[B, Hkv, T]``, and which entries stay ``[R, T]``."""
         heads, valid = layer.num_kv_heads, view.valid
         decide = self._elect if self.parts.votes else self._judge
-        scores, judged, protected, counts = decide(
-            layer, view, over, due, targets, self._protected(view, over, targets)
-        )
+        scores, judged, protected, counts = decide(layer, view, over, due, targets, self._protected(layer, view, over))
         stored = layer.page > 1 or any(segment.unit > 1 for segment in layer.main)
         if stored:
             units = layer.sealed_units().to(scores.device).unflatten(0, (-1, heads))
@@ -96,11 +94,11 @@ class Verdicts(Shares):
         asked = (((wanted >= 1) | protected) & view.valid).sum(-1)
         return found[0][0], wanted, protected, asked.minimum(most)
 
-    def _protected(self, view: View, over: list[bool], targets: list[int]) -> Tensor:
+    def _protected(self, layer: LayerCache, view: View, over: list[bool]) -> Tensor:
         """Entries ``[B, Hkv, T]`` that stay whatever they score."""
         # Where all layers compete, the ranking has counted as protected what a uniform share protects.
-        joint = self.parts.layers is not None and self.parts.layers.joint
-        shares = [self._mean(b) if joint else target / view.num_kv_heads for b, target in enumerate(targets)]
+        joint, index = self.parts.layers is not None and self.parts.layers.joint, self.layers.index(layer)
+        shares = [self._mean(b) if joint else self._limit(index, b) / view.num_kv_heads for b in range(len(over))]
         means = [share if o else float("inf") for o, share in zip(over, shares, strict=True)]
         return protected_entries(view.positions, view.seen, self.parts.protect, self.spans, means)
 

@@ -82,9 +82,11 @@ class Brute:
             outs.append(weights[-1] @ head.values)
         self.seen[index] = first + new
         limit = self.limit if isinstance(self.limit, int) else self.limit[index]
-        over = len(heads[0].positions) > limit
         every = min(self.every, max(1, limit // 8))
-        target = limit - (every - 1 if new <= every else 0)
+        slack = every if new <= every > 1 else 0
+        lost = len(heads[0].positions) < self.seen[index]
+        over = len(heads[0].positions) > limit - (1 if slack and lost else 0)
+        target = limit - slack
         kept = self.rule(Step(heads, weights, first + new), target)
         for head, chosen in zip(heads, kept, strict=True):
             if over:

@@ -176,14 +176,14 @@ def test_rows_are_independent():
 
 def test_merging_is_closer_to_the_full_cache_than_dropping():
     """Where texts repeat, what leaves resembles what stays."""
-    model = tiny_model("llama", num_hidden_layers=1)
-    ids = random_text(20).repeat(1, 8)
-    full = run(model, KVCache(model, "full"), ids, [160])
-    model_error = {}
-    for policy in ("d2o", "h2o"):
-        logits = run(model, KVCache(model, policy, 40), ids, [120] + [1] * 40)
-        model_error[policy] = float((logits - full)[:, 120:].square().mean())
-    assert model_error["d2o"] < model_error["h2o"]
+    model, model_error = tiny_model("llama", num_hidden_layers=1), {"d2o": 0.0, "h2o": 0.0}
+    for seed in range(8):
+        ids = random_text(20, seed=seed).repeat(1, 8)
+        full = run(model, KVCache(model, "full"), ids, [160])
+        for policy in model_error:
+            logits = run(model, KVCache(model, policy, 40), ids, [120] + [1] * 40)
+            model_error[policy] += float((logits - full)[:, 120:].square().mean())
+    assert model_error["d2o"] < 0.95 * model_error["h2o"]
 
 
 def test_equal_variances_share_equally():

@@ -68,10 +68,14 @@ def test_a_head_that_looks_far_back_is_found():
 def test_two_kinds_of_heads_and_their_memory():
     model, ids = tiny_model("llama"), random_text(150)
     cache = KVCache(model, "duo_attention(sinks=4, recent=20)")
-    run(model, cache, ids, [100] + [1] * 50)
-    assert [layer[0] for layer in cache.report().kept] == [[150, 24], [24, 150]]
-    streaming = list(range(4)) + list(range(130, 150))
-    assert kept_positions(cache, 0)[1] == kept_positions(cache, 1)[0] == streaming
+    run(model, cache, ids[:, :100], [100])
+    assert [layer[0] for layer in cache.report().kept] == [[100, 24], [24, 100]]
+    for seen in range(101, 151):
+        run(model, cache, ids[:, seen - 1 : seen], [1])
+        (whole, few), (others, all_of_them) = kept_positions(cache, 0), kept_positions(cache, 1)
+        assert whole == all_of_them == list(range(seen)) and few == others
+        # Three are evicted ahead, so that steps do not pay for an eviction each.
+        assert 24 - 3 <= len(few) < 24 and few == [*range(4), *range(seen - len(few) + 4, seen)]
 
 
 def test_no_streaming_head_is_exact_and_only_streaming_heads_are_streaming_llm():

@@ -137,7 +137,7 @@ def test_queries_that_come_alone_weigh_as_the_newest_of_a_window():
         cache = KVCache(model, f"pyramidinfer(window={WINDOW})", 95)
         if not quick:
             for layer in cache.layers:
-                layer.store._step = lambda call: None
+                layer.store._step = lambda call, add: None
         with torch.inference_mode():
             for begin, end in ((0, 100), (100, 101), (101, 102), (102, 103)):
                 model(ids[:, begin:end], past_key_values=cache)

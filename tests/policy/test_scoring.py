@@ -6,7 +6,7 @@ import torch
 from kvbudget.policy.scoring import pool, reduce_group
 
 
-@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7, 40, 41, 100])
 @pytest.mark.parametrize("how", ["avg", "max"])
 def test_pooling_against_a_loop(kernel, how):
     scores = torch.rand(2, 3, 20)

@@ -31,7 +31,7 @@ def token(dtype: torch.dtype, n: int = 1, window: int | None = None, softcap: fl
 def pair(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[LayerCache, LayerCache]:
     """Two empty layers, of which the second always takes the longer way."""
     layers = tuple(LayerCache(0, HEADS, **options) for _ in range(2))  # type: ignore[arg-type]
-    monkeypatch.setattr(layers[1], "_step", lambda call: None)
+    monkeypatch.setattr(layers[1], "_step", lambda call, add: None)
     return layers  # type: ignore[return-value]
 
 
@@ -71,7 +71,7 @@ def test_as_the_longer_way(make, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     layers = pair(monkeypatch, make_segment=make)
     agree(layers, token(dtype, 37))
     # Over sealings of both sides and growing storages.
-    assert sum(agree(layers, token(dtype)) for _ in range(60)) > 40
+    assert all(agree(layers, token(dtype)) for _ in range(90))
     for segments in zip(layers[0].main, layers[1].main, strict=True):
         for a, b in zip(*([s.keys(), s.values(), s.positions()] for s in segments), strict=True):
             assert torch.equal(a, b)
@@ -108,6 +108,22 @@ def test_a_token_that_finds_no_room_waits_until_another_has_left(monkeypatch: py
         assert quick.meta.columns["key"].data_ptr() == address
         for a, b in zip(*([s.keys(), s.values(), s.positions()] for s in (quick, slow)), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_token_that_waited_in_vain_is_coded_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a share has grown meanwhile, nothing leaves; the token must not stay apart from those that a codec awaits."""
+    torch.manual_seed(6)
+    layers = pair(monkeypatch, make_segment=coded)
+    agree(layers, token(torch.float32, 31))
+    for layer in layers:
+        layer.evict(torch.ones(BATCH * HEADS, 31, dtype=torch.bool))
+        layer.set_capacity([31 * HEADS] * BATCH)
+        layer.spills = True
+    for _ in range(4):
+        assert agree(layers, token(torch.float32))
+        (quick,), (slow,) = (layer.main for layer in layers)
+        assert quick.key.coded == slow.key.coded == [32] * BATCH * HEADS
+        assert quick.value.coded == slow.value.coded
 
 
 def test_a_sliding_window_hides_what_it_has_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,17 @@ class RaggedMachine(RuleBasedStateMachine):
         assert twin.table.capacities == capacities
 
     @rule(twin=twins, data=st.data())
+    def drop_oldest(self, twin: Twin, data: st.DataObject) -> None:
+        counts = [data.draw(st.integers(0, len(row)), label="oldest") for row in twin.rows]
+        capacities = twin.table.capacities
+        if "number" in twin.columns and any(counts):
+            expected = [number for row, n in zip(twin.rows, counts, strict=True) for number, _ in row[:n]]
+            assert twin.table.oldest("number", counts).tolist() == expected
+        twin.table.drop(counts)
+        twin.rows = [row[n:] for row, n in zip(twin.rows, counts, strict=True)]
+        assert twin.table.capacities == capacities
+
+    @rule(twin=twins, data=st.data())
     def select_rows(self, twin: Twin, data: st.DataObject) -> None:
         index = data.draw(st.lists(st.integers(0, len(twin.rows) - 1), min_size=1, max_size=5), label="rows")
         twin.table.select_rows(index)

@@ -140,12 +140,23 @@ class Stages(Part):
 class Trigger(Part):
     """When the policy acts: whenever a layer is over its share, at most once every ``every`` small steps.
 
-    ``after_prefill`` acts on the forward that fills an empty cache (and at the end of a plan) only; what is generated
-    later is appended and never evicted.
+    Without ``every`` those are 16, or where a head holds more than 1024 entries, as many as a 64th of them: an eviction moves
+    all that stay. ``after_prefill`` acts on the forward that fills an empty cache (and at the end of a plan) only; what is
+    generated later is appended and never evicted.
     """
 
-    every: int = 16
+    every: int | None = None
     after_prefill: bool = False
+
+    @property
+    def small(self) -> int:
+        """The most tokens of a small step."""
+        return 16 if self.every is None else self.every
+
+    def stretch(self, entries: int) -> int:
+        """Small steps from one eviction to the next, from heads that may hold so many entries: an eighth of them at most."""
+        most = min(self.small, max(1, entries // 8))
+        return most if self.every is not None else max(most, entries // 64)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ def protected_entries(
 
     ``spans`` are half-open ranges of positions that the user has marked; ``means [B]`` is what a head keeps (None: all).
     """
-    mask = torch.zeros_like(positions, dtype=torch.bool)
     if protect.recent:
         means = means or [float("inf")] * len(seen)
         marked = sum(end - start for start, end in spans)
         first = [max(0, length - protect.window(mean, marked)) for length, mean in zip(seen, means, strict=True)]
         even = len(set(first)) == 1
-        mask |= positions >= (first[0] if even else torch.tensor(first, device=positions.device)[:, None, None])
+        mask = positions >= (first[0] if even else torch.tensor(first, device=positions.device)[:, None, None])
+    else:
+        mask = torch.zeros_like(positions, dtype=torch.bool)
     for start, end in [(0, protect.sinks), *spans] if protect.sinks else spans:
         mask |= (positions >= start) & (positions < end)
     return mask

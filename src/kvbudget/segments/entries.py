@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kvbudget.kernels import count_kept
 from kvbudget.segments.base import RotatesKeys, Segment
 from kvbudget.segments.dense import DenseSegment
 from kvbudget.segments.quantized import QuantizedSegment
@@ -145,12 +146,15 @@ class LayerEntries:
         ids = []
         base, before = 0, [0] * self.num_rows
         for segment in self.main:
-            cell = torch.arange(segment.longest)[None, :].expand(self.num_rows, -1)
-            unit = max(segment.unit, self.page)
-            paged = [min(max(p - b, 0), n) for p, b, n in zip(self.paged, before, segment.lengths, strict=True)]
-            bound = [max(s, p) if self.page > 1 else s for s, p in zip(segment.sealed, paged, strict=True)]
-            inside = cell < torch.tensor(bound)[:, None]
-            ids.append(base + torch.where(inside, cell // unit * unit, cell))
+            bound, cell = segment.sealed, torch.arange(segment.longest)
+            if self.page > 1:
+                paged = [min(max(p - b, 0), n) for p, b, n in zip(self.paged, before, segment.lengths, strict=True)]
+                bound = list(map(max, bound, paged))
+            if any(bound):
+                first = cell - cell % max(segment.unit, self.page)
+                ids.append(base + torch.where(cell < torch.tensor(bound)[:, None], first, cell))
+            else:
+                ids.append((base + cell).expand(self.num_rows, -1))
             base += segment.longest
             before = [b + n for b, n in zip(before, segment.lengths, strict=True)]
         return torch.cat(ids, dim=1)
@@ -167,7 +171,8 @@ class LayerEntries:
             part = keep[:, begin:end]
             if index == absorber and trail and isinstance(segment, DenseSegment | QuantizedSegment):
                 # With room for what will join it, so that it moves once.
-                segment.take(part, [spare + n for n in keep[:, end:].sum(1).tolist()])
+                joining = keep[:, end:]
+                segment.take(part, [spare + n for n in count_kept(joining, [joining.shape[1]] * len(joining))])
             else:
                 segment.take(part, 0 if trail or index < absorber else spare)
             begin = end

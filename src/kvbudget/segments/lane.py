@@ -140,6 +140,10 @@ class Lane:
         segment.meta = RaggedTable.of(columns, [1] * rows)
         return segment
 
+    def grow(self) -> bool:
+        """Makes room for the new entries where rows are full, which ends the lane; False where no room is missing."""
+        return any([table.make_room([n + 1 for n in table.lengths]) for table in list(self.grown)])
+
     def accumulate(self, name: str, decay: Sequence[float], factor: float) -> bool:
         """Adds the attention mass of the last step to a state column, as `Segment.add_to_state` does; False where it cannot.
 

@@ -107,6 +107,13 @@ class QuantizedSegment(Segment):
 
     def take(self, keep: Tensor, spare: int | Sequence[int] = 0) -> None:
         """As of any segment; ``spare`` may differ from row to row."""
+        before = self.lengths
+        self._take(keep, spare)
+        for store in (self.key, self.value):
+            lost = zip(store.thinned, self.lengths, before, strict=True)
+            store.thinned = [thinned or now < then for thinned, now, then in lost]
+
+    def _take(self, keep: Tensor, spare: int | Sequence[int] = 0) -> None:
         self.meta.take(keep, spare)
         keep = keep.cpu()
         most = spare if isinstance(spare, int) else max(spare)
@@ -127,8 +134,9 @@ class QuantizedSegment(Segment):
         if hard or not self.shared or not any(coded):
             return self
         other = self.share()
+        assert isinstance(other, QuantizedSegment)
         first = torch.arange(self.longest) < torch.tensor(coded)[:, None]
-        other.take(~first & self.meta.valid())
+        other._take(~first & self.meta.valid())
         self.meta.truncate(coded)
         for store in (self.key, self.value):
             units = [(n - f) // store.codec.unit for n, f in zip(coded, store.first.lengths, strict=True)]

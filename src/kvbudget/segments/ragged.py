@@ -179,10 +179,7 @@ class RaggedTable:
         for name, values in new.items():
             if name not in self.columns:
                 self.columns[name] = values.new_zeros((sum(self.capacities), *values.shape[1:]))
-        if any(n > capacity for n, capacity in zip(needed, self.capacities, strict=True)):
-            self.reserve(
-                [max(self._room(r, n), c) for r, (n, c) in enumerate(zip(needed, self.capacities, strict=True))]
-            )
+        self.make_room(needed)
         cells = [
             (self.own(name), None if name not in new else new[name].to(self.columns[name].dtype))
             for name in (self.columns if any(counts) else ())
@@ -200,6 +197,13 @@ class RaggedTable:
             begins = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
             kernels.scatter(cells, begins, counts)
         self.lengths = needed
+
+    def make_room(self, needed: Sequence[int]) -> bool:
+        """Grows rows that cannot hold ``needed[r]`` entries, and others along with them; False where all can."""
+        if not any(n > capacity for n, capacity in zip(needed, self.capacities, strict=True)):
+            return False
+        self.reserve([max(self._room(r, n), c) for r, (n, c) in enumerate(zip(needed, self.capacities, strict=True))])
+        return True
 
     def reserve(self, capacities: Sequence[int]) -> None:
         """Moves the columns into storages with exactly these row capacities (each at least the row's length)."""
@@ -229,22 +233,26 @@ class RaggedTable:
     def gather(self, keep: Tensor) -> tuple[dict[str, Tensor], list[int]]:
         """Copies of the entries where ``keep [R, longest]`` is set: flat columns in row order, and counts per row."""
         lengths = self._count(keep, (), 1)
-        after = Layout(_starts(lengths), lengths, lengths)
-        return dict(zip(self.columns, self._moved(keep, after), strict=True)), lengths
+        before, after = Layout(self.starts, self.lengths, self.capacities), Layout(_starts(lengths), lengths, lengths)
+        copies = kernels.compact(list(self.columns.values()), keep, before, after)
+        return dict(zip(self.columns, copies, strict=True)), lengths
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forgets the newest entries of each row; capacities stay."""
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
-    def drop(self, count: int) -> None:
-        """Forgets the oldest ``count`` entries of each row of a uniform table, in place; capacities stay."""
-        rest = self.lengths[0] - count
-        for name in self.columns:
-            self.own(name)
-            grid = self.grid(name)
-            grid[:, :rest] = grid[:, count:].clone()
-        self.lengths = [rest] * self.num_rows
+    def oldest(self, name: str, counts: Sequence[int]) -> Tensor:
+        """The oldest ``counts[r]`` entries of each row of a column, rows after each other ``[sum(counts), *tail]``."""
+        column = self.columns[name]
+        return torch.cat([column[start : start + n] for start, n in zip(self.starts, counts, strict=True) if n])
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Forgets the oldest ``counts[r]`` entries of each row; capacities stay."""
+        rest = [length - n for length, n in zip(self.lengths, counts, strict=True)]
+        starts = [start + n for start, n in zip(self.starts, counts, strict=True)]
+        before, after = Layout(starts, rest, self.capacities), Layout(self.starts, rest, self.capacities)
+        self._move(before, after, None, (), 1)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Makes row i a copy of the former row ``rows[i]`` (beams, repeated or dropped sequences), limits included."""
@@ -290,22 +298,21 @@ class RaggedTable:
         self, lengths: Sequence[int], capacities: Sequence[int], keep: Tensor | None, begins: Sequence[int], unit: int
     ) -> None:
         """Brings the entries that ``keep`` names (None: all) into rows of these lengths and capacities."""
-        after = Layout(_starts(capacities), list(lengths), list(capacities))
-        in_place = not self.borrowed and sum(capacities) == sum(self.capacities)
-        moved = self._moved(keep, after, begins, unit, in_place=in_place)
+        before = Layout(self.starts, self.lengths, self.capacities)
+        self._move(before, Layout(_starts(capacities), list(lengths), list(capacities)), keep, begins, unit)
+
+    def _move(self, before: Layout, after: Layout, keep: Tensor | None, begins: Sequence[int], unit: int) -> None:
+        """Brings the entries of ``before`` that ``keep`` names (None: all) to their places in ``after``."""
+        in_place = not self.borrowed and sum(after.capacities) == sum(self.capacities)
+        columns = list(self.columns.values())
+        moved = kernels.compact(columns, keep, before, after, begins, unit, in_place=in_place)
         for name, column in zip(list(self.columns), moved, strict=True):
             if column is not self.columns[name]:
                 self.columns[name] = column
         if after.capacities != self.capacities:
             self.columns.changed()
-        self.starts, self.lengths, self.capacities = list(after.starts), list(lengths), list(capacities)
+        self.starts, self.lengths, self.capacities = map(list, after)
         self.borrowed.clear()
-
-    def _moved(
-        self, keep: Tensor | None, after: Layout, begins: Sequence[int] = (), unit: int = 1, *, in_place: bool = False
-    ) -> list[Tensor]:
-        before = Layout(self.starts, self.lengths, self.capacities)
-        return kernels.compact(list(self.columns.values()), keep, before, after, begins, unit, in_place=in_place)
 
 
 def _starts(capacities: Sequence[int]) -> list[int]:

@@ -22,7 +22,8 @@ class CodecStore:
 
     ``meta`` is the segment's table of positions; ``rotation`` is what keys are turned back by before they are coded. Units
     that differ in size lie in ``payload``, whose cells are bytes. ``state`` holds what rows keep, ``[R, ...]`` each; its
-    tensors are replaced and never written in place, so that forks share them.
+    tensors are replaced and never written in place, so that forks share them. Rows that have been ``thinned`` by an
+    eviction await no whole lump when they are sealed next, so that the rows of a layer are sealed together, when entries leave.
     """
 
     def __init__(self, num_rows: int, codec: Codec, meta: RaggedTable, rotation: Rotation | None = None) -> None:
@@ -38,6 +39,7 @@ class CodecStore:
         self.tail.limits = [codec.longest_tail] * num_rows
         self.state: dict[str, Tensor] = {}
         self.started = [False] * num_rows
+        self.thinned = [False] * num_rows
 
     @property
     def num_sealed(self) -> list[int]:
@@ -69,10 +71,11 @@ class CodecStore:
     def due(self) -> list[int]:
         """Entries per row that the tail holds beyond its residual, and beyond the first ones where these are not set apart."""
         codec, due = self.codec, []
-        for length, started in zip(self.tail.lengths, self.started, strict=True):
+        for length, started, thinned in zip(self.tail.lengths, self.started, self.thinned, strict=True):
             length -= 0 if started else codec.sinks
             over = length if codec.cyclic else length - codec.residual
-            due.append(max(0, over) // codec.lump * codec.lump)
+            step = codec.unit if thinned and started and not codec.cyclic else codec.lump
+            due.append(max(0, over) // step * step)
         return due
 
     @property
@@ -84,25 +87,18 @@ class CodecStore:
     def seal(self, asked: Asked | None = None, salience: Tensor | None = None) -> None:
         """Encodes what is `due`; ``salience`` is that of these entries, flat in row order."""
         codec = self.codec
-        if self.tail.longest < codec.lump + (0 if codec.cyclic else codec.residual) or not any(due := self.due()):
+        full = codec.lump + (0 if codec.cyclic else codec.residual)
+        due = self.due() if self.tail.longest >= full or any(self.thinned) else []
+        self.thinned = [False] * len(self.thinned)
+        if not any(due):
             return
         fresh = [n > 0 and not started for n, started in zip(due, self.started, strict=True)]
         if codec.sinks and any(fresh):
             self._set_first([codec.sinks if f else 0 for f in fresh])
-        if (
-            codec.residual
-            and len(set(due)) == 1
-            and self.tail.uniform
-            and self.tail.capacities[0] <= codec.longest_tail
-        ):
-            self._encode(self.tail.grid("data")[:, : due[0]].flatten(0, 1), due, fresh, asked, salience)
-            self.tail.drop(due[0])
-            return
-        index = torch.arange(self.tail.longest)
-        oldest = index[None, :] < torch.tensor(due)[:, None]
-        columns, _ = self.tail.gather(oldest)
-        self._encode(columns["data"], due, fresh, asked, salience)
-        self.tail.take(~oldest & self.tail.valid())
+        self._encode(self.tail.oldest("data", due), due, fresh, asked, salience)
+        self.tail.drop(due)
+        if not codec.residual or max(self.tail.capacities) > codec.longest_tail:
+            self.tail.reserve(self.tail.lengths)
 
     def decoded(self, row: int, begin: int, end: int) -> Tensor:
         """Sealed entries ``begin:end`` of a row (counted from the first sealed one): float32 ``[end - begin, D]``."""
@@ -163,8 +159,8 @@ class CodecStore:
             self.first.take(keep, 0, [0] * len(first))
         counts = kernels.count_kept(keep, self.tail.lengths, coded)
         if sum(counts) < self.tail.total:
-            room = max(0, min(codec.longest_tail - max(counts), self.tail.step)) if codec.residual else 0
-            self.tail.take(keep, room, coded)
+            most = codec.longest_tail if codec.residual else 0
+            self.tail.take(keep, [min(max(0, most - count), self.tail.step) for count in counts], coded)
 
     def keep_sealed(self, units: Sequence[int]) -> None:
         """Forgets everything but the first entries and as many oldest units of each row."""
@@ -178,12 +174,12 @@ class CodecStore:
         for mine, theirs in ((self.sealed, other.sealed), (self.payload, other.payload)):
             mine.append({name: theirs.flat(name) for name in theirs.columns}, theirs.lengths)
         assert not other.first.total or other.first.lengths == self.first.lengths, "first entries in the middle"
-        self.tail, self.state, self.started = other.tail, other.state, other.started
+        self.tail, self.state, self.started, self.thinned = other.tail, other.state, other.started, other.thinned
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Makes row i a copy of the former row ``rows[i]`` in everything but the tables."""
         self.state = {name: column[list(rows)] for name, column in self.state.items()}
-        self.started = [self.started[r] for r in rows]
+        self.started, self.thinned = [self.started[r] for r in rows], [self.thinned[r] for r in rows]
 
     def set_limits(self, limits: Sequence[int] | None) -> None:
         """Bounds the entries per row for which units may reserve room ahead of need."""
@@ -240,7 +236,7 @@ class CodecStore:
         other.__dict__.update(self.__dict__)
         for name in ("first", "sealed", "payload", "tail"):
             setattr(other, name, getattr(self, name).share())
-        other.started = list(self.started)
+        other.started, other.thinned = list(self.started), list(self.thinned)
         return other
 
     def _set_first(self, counts: Sequence[int]) -> None:
