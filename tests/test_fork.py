@@ -180,3 +180,18 @@ def test_a_broken_cache_is_not_forked():
     cache.broken = "layer 1 of 2"
     with pytest.raises(CacheError, match="cannot be forked"):
         cache.fork()
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "knorm(recent=5)"])
+def test_sliding_windows_of_a_fork_stay_inside_a_byte_budget(policy):
+    """What a fork holds beside the window that it shares has only the room that the window has left."""
+    model, text = tiny_model("gemma2"), random_text(200)
+    cache = KVCache(model, policy, "57500B")
+    caches = [cache]
+    for begin, end in pairwise([0, 60, *range(61, 200)]):
+        if end == 80:
+            caches.append(cache.fork())
+        for each in caches:
+            with torch.inference_mode():
+                model(text[:, begin:end], past_key_values=each)
+            each.check_integrity()

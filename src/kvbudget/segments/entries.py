@@ -254,7 +254,8 @@ class LayerEntries:
             return
         last = self.main[-1]
         if self.window is not None:
-            last.set_limits([self.window - 1 + WINDOW_OVERRUN] * self.num_rows)
+            most, held = self.window - 1 + WINDOW_OVERRUN, self._lengths(self.main)
+            last.set_limits([own + max(0, most - n) for own, n in zip(last.lengths, held, strict=True)])
             return
         if self.capacity is None:
             last.set_limits(None)
